@@ -1,0 +1,57 @@
+"""gpumlp: multi-layer perceptrons on the GPU, with NumPy as the fallback and the definition of every answer.
+
+Public is what this module lists; each name's home has the details.
+"""
+
+from .activations import Activation
+from .augment import GaussianNoise, Mixup, RandomShift
+from .callbacks import Callback, CSVLogger, EarlyStopping, ProgressBar, TensorBoard
+from .data import batches
+from .files import FileError, load
+from .layers import Add, Concat, Dense, Input
+from .losses import Loss
+from .network import Network
+from .optimizers import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
+from .perceptron import Perceptron
+from .schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, StepDecay
+from .trainer import DivergedError, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Activation",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Add",
+    "CSVLogger",
+    "Callback",
+    "Concat",
+    "Constant",
+    "Cosine",
+    "Dense",
+    "DivergedError",
+    "EarlyStopping",
+    "Exponential",
+    "FileError",
+    "GaussianNoise",
+    "Input",
+    "Loss",
+    "Mixup",
+    "NAdam",
+    "Network",
+    "OneCycle",
+    "Perceptron",
+    "ProgressBar",
+    "RMSprop",
+    "RandomShift",
+    "ReduceOnPlateau",
+    "StepDecay",
+    "TensorBoard",
+    "Trainer",
+    "batches",
+    "load",
+]

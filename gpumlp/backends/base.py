@@ -1,0 +1,144 @@
+"""What a backend is: a dozen verbs over arrays that the caller owns, and the bundles of arrays that they take.
+
+The list does not grow when an activation, a loss or an optimizer is added. Every array argument is written in place;
+a verb allocates nothing that lasts. ``numpy_backend`` is the definition of each verb.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..activations import Activation
+
+Array = Any  # the backend's own array type
+
+
+@dataclass(slots=True)
+class Draw:
+    """Where the random numbers of a pass come from: one entry for each model (see gpumlp.random)."""
+
+    seeds: np.ndarray  # (models,) uint64
+    streams: np.ndarray  # (models,) the counter's word "model"
+    steps: np.ndarray  # (models,) the counter's word "step"; a view that the caller advances
+
+
+@dataclass(slots=True)
+class Dropout:
+    """Inverted dropout of one node: out = x · keep, keep = 0 or 1 / (1 - rate)."""
+
+    layer: int  # the counter's word "layer"
+    rates: np.ndarray  # (models,)
+    x: Array  # (models or 1, batch, units)
+    keep: Array  # (models, batch, units)
+    out: Array  # (models, batch, units)
+    d: Array  # gradient with respect to out, becomes the one with respect to x
+
+
+@dataclass(slots=True)
+class Norm:
+    """Normalisation of one node: x̂ = (x - mean) / √(variance + 1e-5), out = γ x̂ + β."""
+
+    kind: str  # "batch": over the batch's rows; "layer": over a row's units
+    x: Array  # (models, batch, units)
+    x_hat: Array  # the same shape; may be x itself
+    inverse_std: Array  # (models, 1, units) for batch, (models, batch, 1) for layer
+    out: Array  # (models, batch, units)
+    gamma: Array  # (models, units)
+    beta: Array
+    dgamma: Array
+    dbeta: Array
+    d: Array  # gradient with respect to out, becomes the one with respect to x
+    running_mean: Array | None  # (models, units), batch normalisation only
+    running_variance: Array | None
+
+
+@dataclass(slots=True)
+class Dense:
+    """Linear part and non-linearity of one node: z = x Wᵀ + b, a = f(z), with their gradients."""
+
+    f: Activation
+    x: Array  # (models or 1, batch, fan_in)
+    W: Array  # (models, fan_out, fan_in)
+    b: Array | None  # (models, fan_out)
+    z: Array  # (models, batch, fan_out)
+    u: Array  # what f reads: z, or its normalisation
+    a: Array  # f(u); u itself where the activation works in place
+    dW: Array
+    db: Array | None
+    d: Array  # gradient with respect to a, becomes the one with respect to z
+    dx: Array | None  # where the gradient with respect to x goes; None at the input
+    dx_adds: bool  # add to what other paths left there
+    before: Norm | None
+    after: Norm | None
+    dropout: Dropout | None
+    out: Array  # what later operations read: a, or its normalisation or dropout
+    work: Any = None  # views that a backend prepares once
+
+
+@dataclass(slots=True)
+class Join:
+    """The sum of several nodes, or their outputs side by side."""
+
+    parts: list[Array]  # each (models, batch, units of the part)
+    out: Array
+    concat: bool
+    d: Array  # gradient with respect to out
+    to: list[tuple[Array | None, bool]]  # of each part: where its gradient goes (None at the input), and whether to add
+
+
+@dataclass(slots=True)
+class Batch:
+    """A batch of rows: where it comes from and the buffers that it is gathered into."""
+
+    X: Array  # (n_samples, n_features), any real dtype
+    y: Array  # (n_samples,) int64 or (n_samples, outputs)
+    weight: Array | None  # (n_samples,)
+    raw: Array | None  # (models or 1, batch, n_features) in X's dtype, where that is not the network's
+    x: Array  # (models or 1, batch, n_features)
+    targets: Array  # (models or 1, batch[, outputs])
+    weights: Array | None  # (models or 1, batch)
+    shift: Array | None  # (models or 1, 1, n_features): x ← (x - shift) · scale
+    scale: Array | None
+    target_shift: Array | None  # (models or 1, 1, outputs): the same for targets
+    target_scale: Array | None
+
+
+class Backend(Protocol):
+    """The verbs. Shapes as in the bundles above; M models, dtype float32 or float64 throughout."""
+
+    name: str
+    device: str
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def asarray(self, values: Any, dtype: Any = None) -> Array: ...
+    def to_numpy(self, array: Array) -> np.ndarray: ...
+    def prepare(self, dense: Dense) -> None:
+        """Make once what ``dense_forward`` and ``dense_backward`` need at every step."""
+
+    def gather(self, batch: Batch, rows: Array) -> None:
+        """Fill the batch's buffers from ``rows`` (models or 1, batch); cast and standardise."""
+
+    def dense_forward(self, dense: Dense, draw: Draw | None, update_running: bool) -> None:
+        """Affine map, normalisation, non-linearity, dropout; ``draw`` is None for prediction."""
+
+    def dense_backward(self, dense: Dense) -> None:
+        """From the gradient with respect to the output, in place, to dW, db, dγ, dβ and dx."""
+
+    def dropout_forward(self, dropout: Dropout, draw: Draw) -> None: ...
+    def dropout_backward(self, dropout: Dropout) -> None: ...
+    def join(self, join: Join) -> None: ...
+    def split(self, join: Join) -> None:
+        """The gradient of ``join``, into or onto the buffers that it names."""
+
+    def loss(self, loss: Any, z: Array, y: Array, weight: Array | None, dz: Array) -> np.ndarray:
+        """Mean loss of the batch, (models,) float64 on the host, and its derivative in ``dz``."""
+
+    def update(self, bound: Any, models: slice, learning_rate: Any) -> None:
+        """One optimizer step over the flat buffer for ``models``."""
+
+    def limit_norms(self, W: Array, max_norm: float) -> None:
+        """Scale the rows of W whose Euclidean norm exceeds ``max_norm`` down to it."""

@@ -1,0 +1,145 @@
+"""CSV: a header, then rows of numbers, with columns of text where they are asked for."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpumlp.data.compressed import DAMAGED, open_bytes
+
+BLOCK_CELLS = 1 << 18  # cells held as text at a time
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that were asked for.
+
+    Fields:
+        numbers: (n, columns) float32.
+        text: for each text column, its n cells without surrounding spaces.
+        lines: (n,) the line of the file on which each row starts, from 1.
+    """
+
+    numbers: np.ndarray
+    text: dict[str, list[str]]
+    lines: np.ndarray
+
+
+def read_header(path: Path) -> list[str]:
+    """Return the column names, without surrounding spaces.
+
+    Raises: ValueError naming the file, for an empty file, a first line of numbers, and names that are empty or
+        repeated.
+    """
+    with _reader(path) as reader:
+        header = [name.strip() for name in next((row for row in reader if row), [])]
+    if not header:
+        raise ValueError(f"{path} is empty; expected a header with the names of the columns, then rows")
+    if all(map(is_number, header)) and header != [str(column) for column in range(len(header))]:
+        raise ValueError(f"{path} has no header: line 1 holds numbers; put the names of the columns there")
+    if "" in header:
+        raise ValueError(
+            f"{path}: column {header.index('') + 1} has no name in the header (pandas: to_csv(..., index=False))"
+        )
+    repeated = next((name for name in header if header.count(name) > 1), None)
+    if repeated is not None:
+        raise ValueError(f'{path}: column "{repeated}" appears twice in the header')
+    return header
+
+
+def read_table(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> Table:
+    """Read the named columns, in the order of the names; others are skipped.
+
+    Raises: ValueError naming the file, line and column, for cells that are not finite float32 numbers, empty text
+        cells, rows of another length than the header, no rows, encoding other than UTF-8, open quotes and damaged gzip.
+    """
+    header = read_header(path)
+    place = {name: index for index, name in enumerate(header)}
+    blocks, all_lines = [], []
+    cells: dict[str, list[str]] = {name: [] for name in text}
+    for rows, lines in _blocks(path, len(header)):
+        columns = list(zip(*rows, strict=True))
+        block = np.empty((len(rows), len(numbers)), dtype=np.float32)
+        for column, name in enumerate(numbers):
+            block[:, column] = parse_numbers(columns[place[name]], lines, name, path)
+        for name in text:
+            cells[name].extend(_words(columns[place[name]], lines, name, path))
+        blocks.append(block)
+        all_lines.extend(lines)
+    if not blocks:
+        raise ValueError(f"{path} has a header but no rows")
+    return Table(np.concatenate(blocks), cells, np.array(all_lines))
+
+
+def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, column: str, path: Path) -> np.ndarray:
+    """Return the cells of a column as (n,) float64 that float32 can hold; `lines` says where each stands."""
+    try:
+        values = np.fromiter(map(float, cells), np.float64, len(cells))
+    except ValueError:
+        row = next(row for row, cell in enumerate(cells) if not is_number(cell))
+        fault = f"{cells[row]!r} is not a number; encode or drop the column"
+        if not cells[row].strip():
+            fault = "the cell is empty; fill in a number or drop the row"
+        raise ValueError(f'{path}, line {lines[row]}, column "{column}": {fault}') from None
+    bad = ~(np.abs(values) <= np.finfo(np.float32).max)
+    if bad.any():
+        row = int(np.argmax(bad))
+        fault = "is too large for float32" if np.isfinite(values[row]) else "is not a finite number"
+        raise ValueError(f'{path}, line {lines[row]}, column "{column}": {cells[row]!r} {fault}')
+    return values
+
+
+def _words(cells: Sequence[str], lines: Sequence[int], column: str, path: Path) -> list[str]:
+    words = [cell.strip() for cell in cells]
+    if "" in words:
+        raise ValueError(f'{path}, line {lines[words.index("")]}, column "{column}": the cell is empty; drop the row')
+    return words
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _blocks(path: Path, width: int) -> Iterator[tuple[list[list[str]], list[int]]]:
+    """Yield rows below the header, some at a time, with the line on which each starts; blank lines are skipped."""
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    with _reader(path) as reader:
+        next(row for row in reader if row)
+        line = reader.line_num + 1  # a quoted cell may hold line breaks: a row starts where the one before it ended
+        for row in reader:
+            if row:
+                if len(row) != width:
+                    raise ValueError(f"{path}, line {line}: {len(row)} cells, the header has {width}")
+                rows.append(row)
+                lines.append(line)
+                if len(rows) * width >= BLOCK_CELLS:
+                    yield rows, lines
+                    rows, lines = [], []
+            line = reader.line_num + 1
+    if rows:
+        yield rows, lines
+
+
+@contextmanager
+def _reader(path: Path):
+    """A csv.reader of the file, whose faults become ValueErrors that name the file."""
+    # utf-8-sig drops the mark that Excel writes; newline="" leaves line breaks within quotes to csv
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        try:
+            yield reader
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not UTF-8 ({error}); save it as UTF-8") from error
+        except DAMAGED as error:
+            raise ValueError(f"{path} is a damaged gzip file: {error}") from error

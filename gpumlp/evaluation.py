@@ -1,0 +1,54 @@
+"""Loss and metrics of a network on data, without training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .losses import Loss, output_values
+from .metrics import Metric
+
+if TYPE_CHECKING:
+    from .network import Network
+
+
+def evaluate(
+    network: Network, loss: Loss, metrics: list[Metric], X: np.ndarray, y: np.ndarray, weight: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Name → (models,) values: the loss and every metric.
+
+    Args:
+        X, y, weight: checked arrays, as ``Trainer`` prepares them: y (n,) labels or (n, n_outputs) targets.
+    """
+    n = len(X)
+    z = np.empty((network.models, n, network.n_outputs), network.dtype)
+    rows = np.empty((network.models, n))
+    for start, part in network.logits_of(X):
+        stop = start + part.shape[1]
+        z[:, start:stop] = part
+        rows[:, start:stop] = loss.f(part, _scaled(network, y[start:stop]), np.empty_like(part))
+    found = {"loss": np.average(rows, axis=1, weights=weight)}
+    for metric in metrics:
+        found[metric.name] = np.array([metric.f(*_sides(network, loss, metric, z, y, i), weight) for i in range(network.models)])
+    return found
+
+
+def _scaled(network: Network, y: np.ndarray) -> np.ndarray:
+    """Targets (models or 1, rows[, outputs]) in the units that the network fits."""
+    shift, scale = network.target_scaling_of(slice(0, network.models), True)
+    return y[None] if shift is None else (y[None] - shift) * scale
+
+
+def _sides(network: Network, loss: Loss, metric: Metric, z: np.ndarray, y: np.ndarray, i: int) -> tuple:
+    """What a metric compares for model i: truth and prediction."""
+    output = loss.row.output
+    if output in ("identity", "exp"):
+        return y, network.values(z, output)[i]
+    if output == "sigmoid":
+        truth = y[:, 0] if y.shape[1] == 1 else y
+        scores = output_values(z[i], output)
+        scores = scores[:, 0] if y.shape[1] == 1 else scores
+        return (truth > 0.5).astype(int), (scores > 0.5).astype(int) if metric.takes == "labels" else scores
+    truth = y if y.ndim == 1 else y.argmax(axis=1)
+    return truth, z[i].argmax(axis=1) if metric.takes == "labels" else output_values(z[i], output)

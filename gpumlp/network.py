@@ -1,0 +1,516 @@
+"""A network: layers in topological order over one flat parameter buffer, forward, backward, predict, summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import random
+from .backends import get_backend
+from .data.checks import check_X
+from .data.scaling import standardization
+from .initializers import get_initializer
+from .layers import Dense, Input, Node, topological_order
+from .losses import Loss, get_loss, output_values
+from .workspace import Workspace
+
+ALIGNMENT = 32  # elements: every tensor starts at a multiple of 128 bytes in float32
+PREDICTION_ROWS = 1024  # rows that a prediction handles at a time
+SCALINGS = ("shift", "scale", "target_shift", "target_scale")
+DTYPES = ("float32", "float64")
+STANDARDIZE = {False: None, True: "columns", None: None, "columns": "columns", "global": "global"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer of a built network: its number, its name, what it reads and how wide it is."""
+
+    index: int
+    layer: Any
+    name: str
+    inputs: tuple[int, ...]
+    fan_in: int
+    units: int
+    dropout: np.ndarray  # (models,)
+
+    @property
+    def is_dense(self) -> bool:
+        return isinstance(self.layer, Dense)
+
+
+class Network:
+    """A multi-layer perceptron, or a fleet of ``models`` of one shape.
+
+    Args:
+        architecture: a list of layers, with ``n_features``; or two nodes, the ``Input`` and the output of a graph.
+        n_features: columns of X, for a list of layers.
+        models: None is one network. A number makes a fleet: arrays then carry a leading axis ``models``.
+        seed: an integer, from which every model draws its own stream; or one integer for each model. Model i of a fleet
+            with ``seed=[s0, s1, ...]`` equals ``Network(..., seed=s_i)``; with one seed, model 0 does.
+        device: "auto", "cpu", "cuda", "cuda:1". ``device_reason`` says what was taken and why.
+        dtype: "float32" or "float64", of parameters and arithmetic.
+        standardize: learn each column's mean and standard deviation from the training rows and keep them in the model:
+            True or "columns"; "global" takes one mean and deviation for all columns, right for images. x' = (x - μ) / σ.
+        standardize_targets: learn the mean and standard deviation of each column of y too: the network then fits
+            (y - μ) / σ, and predictions are in the units of y. For losses over values.
+        input_dropout: rate at the input, for a list of layers.
+
+    Attributes:
+        parameters: name → array, say "dense_0.W" (models, fan_out, fan_in) and "dense_0.b" (models, fan_out). Views of
+            ``flat`` (models, n): assign with ``[...] =``.
+        gradients: name → array in the same shapes, as ``backward`` left them.
+        statistics: name → running mean and variance of batch normalisation, (models, units).
+        loss: the loss that predictions are read by; ``Trainer`` sets it, a name may be assigned.
+        classes: the labels that outputs stand for, or None for 0, 1, ...
+
+    Raises:
+        ValueError: layers that do not fit, unknown names, values out of range.
+        RuntimeError: a device that cannot be had.
+    """
+
+    def __init__(
+        self,
+        *architecture: Any,
+        n_features: int | None = None,
+        models: int | None = None,
+        seed: Any = 0,
+        device: str = "auto",
+        dtype: Any = "float32",
+        standardize: bool | str | None = False,
+        standardize_targets: bool = False,
+        input_dropout: Any = 0.0,
+    ) -> None:
+        self.backend, self.device_reason = get_backend(device)
+        self.is_fleet = models is not None
+        if models is not None and (isinstance(models, bool) or not isinstance(models, int | np.integer) or models < 1):
+            raise ValueError(f"models={models!r} must be an integer of at least 1, or None for one network")
+        self.models = 1 if models is None else int(models)
+        if np.dtype(dtype).name not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+        self.dtype = np.dtype(dtype)
+        if standardize not in STANDARDIZE:
+            raise ValueError(f"standardize={standardize!r} is unknown; allowed: False, True, 'columns', 'global'")
+        self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
+        self.seeds, self.streams = self._seeds(seed)
+        self.steps = np.zeros(self.models, np.int64)  # updates made to each model
+        self.places = arrange(*_graph(architecture, n_features, input_dropout), self.models)
+        self.n_features, self.n_outputs = self.places[0].units, self.places[-1].units
+        self._allocate()
+        self.initialize()
+        self.shift: np.ndarray | None = None  # (models, n_features), with scale: what standardisation learned
+        self.scale: np.ndarray | None = None
+        self.target_shift: np.ndarray | None = None  # (models, n_outputs), with target_scale
+        self.target_scale: np.ndarray | None = None
+        self.classes: np.ndarray | None = None
+        self._loss: Loss | None = None
+        self._training: Workspace | None = None
+        self._ready: Workspace | None = None  # where the last forward left what backward needs
+        self._prediction: Workspace | None = None
+
+    # --- building
+
+    def _seeds(self, seed: Any) -> tuple[np.ndarray, np.ndarray]:
+        if np.ndim(seed) == 0:
+            random.check_seed(seed)
+            return np.full(self.models, seed, np.uint64), np.arange(self.models)
+        if len(seed) != self.models:
+            raise ValueError(f"seed has {len(seed)} values for {self.models} models; give one integer, or one for each")
+        for one in seed:
+            random.check_seed(one)
+        return np.array([int(one) for one in seed], np.uint64), np.zeros(self.models, np.int64)
+
+    def _allocate(self) -> None:
+        offsets, end, self.n_weights = {}, 0, 0
+        for name, shape in tensor_shapes(self.places).items():
+            offsets[name] = (end, shape)
+            end += -(-int(np.prod(shape)) // ALIGNMENT) * ALIGNMENT
+            if name.endswith(".W"):
+                self.n_weights = end
+        self.n_parameters = sum(int(np.prod(shape)) for _, shape in offsets.values())
+        self.flat = self.backend.zeros((self.models, end), self.dtype)
+        self.flat_gradient = self.backend.zeros((self.models, end), self.dtype)
+
+        def views(buffer):
+            return {
+                name: buffer[:, start : start + int(np.prod(shape))].reshape(self.models, *shape)
+                for name, (start, shape) in offsets.items()
+            }
+
+        self.parameters, self.gradients = views(self.flat), views(self.flat_gradient)
+        self.statistics = {
+            f"{place.name}.{name}": np.full((self.models, place.units), start, self.dtype)
+            for place in self.places
+            if place.is_dense and place.layer.norm == "batch"
+            for name, start in (("mean", 0.0), ("variance", 1.0))
+        }
+
+    def initialize(self) -> None:
+        """Draw the weights anew from the seeds: W by each layer's initializer, b = 0, γ = 1, β = 0."""
+        for place in self.places:
+            if not place.is_dense:
+                continue
+            initializer = get_initializer(place.layer.initializer or place.layer.f.initializer)
+            for i in range(self.models):
+                generator = random.generator(
+                    seed=int(self.seeds[i]), purpose=random.Purpose.WEIGHTS, model=int(self.streams[i]), layer=place.index
+                )
+                self.parameters[f"{place.name}.W"][i] = initializer.draw(generator, place.units, place.fan_in)
+            for name, value in (("b", 0.0), ("gamma", 1.0), ("beta", 0.0)):
+                if f"{place.name}.{name}" in self.parameters:
+                    self.parameters[f"{place.name}.{name}"][...] = value
+
+    # --- training, piece by piece
+
+    def forward(self, X: Any, training: bool = True) -> np.ndarray:
+        """Logits of a batch, keeping what ``backward`` needs.
+
+        Args:
+            X: (batch, n_features), or (models, batch, n_features) where each model of a fleet has rows of its own.
+            training: draw dropout masks and normalise by the batch's statistics; False computes as ``predict`` does.
+
+        Returns:
+            (batch, n_outputs); (models, batch, n_outputs) for a fleet.
+
+        Raises:
+            ValueError: another shape.
+        """
+        X = np.asarray(X)
+        per_model = X.ndim == 3
+        if X.ndim not in (2, 3) or X.shape[-1] != self.n_features or (per_model and len(X) != self.models) or not X.shape[-2]:
+            raise ValueError(f"X has shape {X.shape}; forward takes (batch, {self.n_features}), batch at least 1")
+        workspace = self.workspace(X.shape[-2], per_model)
+        np.copyto(workspace.x, X, casting="unsafe")
+        self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
+        self._ready = workspace
+        logits = workspace.forward(training)
+        return logits.copy() if self.is_fleet else logits[0].copy()
+
+    def backward(self, dz: Any) -> None:
+        """Fill ``gradients`` from dz, the gradient with respect to the logits of the last ``forward``.
+
+        Args:
+            dz: in the shape that ``forward`` returned. Not modified.
+
+        Raises:
+            RuntimeError: no ``forward`` before it.
+            ValueError: another shape.
+        """
+        workspace = self._ready
+        if workspace is None:
+            raise RuntimeError("backward needs what forward keeps: call forward first, once for each backward")
+        dz = np.asarray(dz)
+        expected = workspace.dz.shape if self.is_fleet else workspace.dz.shape[1:]
+        if dz.shape != expected:
+            raise ValueError(f"dz has shape {dz.shape}; the last forward returned logits of shape {expected}")
+        np.copyto(workspace.dz, dz)
+        self._ready = None
+        workspace.backward()
+
+    def workspace(self, batch: int, per_model_rows: bool) -> Workspace:
+        """Training buffers for ``batch`` rows: a view of the largest made so far, or a new one."""
+        held = self._training
+        if held is None or held.batch < batch or held.per_model_rows != per_model_rows:
+            held = self._training = Workspace(self, batch, training=True, per_model_rows=per_model_rows)
+        return held.view(slice(0, self.models), batch)
+
+    def after_update(self, models: slice) -> None:
+        """Count an update of ``models`` and hold their weights within the layers' largest norms."""
+        self.steps[models] += 1
+        for place in self.places:
+            if place.is_dense and place.layer.max_norm is not None:
+                self.backend.limit_norms(self.parameters[f"{place.name}.W"][models], place.layer.max_norm)
+
+    # --- standardisation
+
+    def learn_standardization(self, X: np.ndarray, y: np.ndarray, rows: list[np.ndarray] | None = None) -> None:
+        """Learn shift and scale of the input, and of the targets, where the network was built to.
+
+        Args:
+            X: (n_samples, n_features).
+            y: (n_samples, n_outputs); not read where targets stay as they are.
+            rows: the rows that each model sees; None for all.
+        """
+        if self.standardize is not None:
+            self.shift, self.scale = self._learn(X, rows, self.standardize)
+        if self.standardize_targets:
+            self.target_shift, self.target_scale = self._learn(y, rows, "columns")
+
+    def _learn(self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        learned = [standardization(values, part, mode=mode) for part in (rows or [None])]
+        shape = (self.models, values.shape[1])
+        shift, scale = (np.broadcast_to(np.stack(parts), shape).astype(self.dtype) for parts in zip(*learned, strict=True))
+        return shift, scale
+
+    def standardization_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
+        """Shift and scale (models or 1, 1, n_features) for a batch of ``models``; None and None where there are none."""
+        return _part(self.shift, self.scale, models if per_model_rows else slice(0, 1))
+
+    def target_scaling_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
+        """The same for targets, (models or 1, 1, n_outputs)."""
+        return _part(self.target_shift, self.target_scale, models if per_model_rows else slice(0, 1))
+
+    # --- prediction
+
+    @property
+    def loss(self) -> Loss | None:
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: str | Loss | None) -> None:
+        self._loss = None if loss is None else get_loss(loss)
+
+    def logits(self, X: Any) -> np.ndarray:
+        """Values of the output layer for X (n_samples, n_features): (n_samples, n_outputs), a fleet's with a leading axis.
+
+        Raises:
+            ValueError: wrong shape or dtype, no rows, NaN or infinity (row and column named).
+        """
+        X = check_X(X, self.n_features)
+        z = np.empty((self.models, len(X), self.n_outputs), self.dtype)
+        for start, part in self.logits_of(X):
+            z[:, start : start + part.shape[1]] = part
+        return z if self.is_fleet else z[0]
+
+    def logits_of(self, X: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """First row and logits (models, rows, n_outputs) of each stretch of a checked X; the buffer is reused."""
+        # The buffers are taken for the time of the call, so that two threads may predict at once.
+        per_model = self.shift is not None and self.models > 1
+        held, self._prediction = self._prediction, None
+        if held is None or held.batch < min(len(X), PREDICTION_ROWS) or held.per_model_rows != per_model:
+            held = Workspace(self, min(len(X), PREDICTION_ROWS), training=False, per_model_rows=per_model)
+        for start in range(0, len(X), held.batch):
+            rows = X[start : start + held.batch]
+            workspace = held.view(slice(0, self.models), len(rows))
+            np.copyto(workspace.x, rows, casting="unsafe")
+            self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
+            yield start, workspace.forward(training=False)
+        self._prediction = held
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Labels (n_samples,) after a loss over classes, else values (n_samples,) or (n_samples, n_outputs).
+
+        Several sigmoid outputs give (n_samples, n_outputs) of 0 and 1. A fleet's answer has a leading axis ``models``.
+        Without a loss (``network.loss``), the values of the output layer.
+
+        Raises:
+            ValueError: as ``logits``.
+        """
+        return self.decide(self.logits(X))
+
+    def decide(self, z: np.ndarray) -> np.ndarray:
+        """Predictions from logits (..., n_samples, n_outputs)."""
+        output = self._loss.row.output if self._loss is not None else "identity"
+        if output == "softmax":
+            labels = z.argmax(axis=-1)
+        elif output == "sigmoid":
+            labels = (z > 0).astype(np.int64)
+            if self.n_outputs > 1:
+                return labels
+            labels = labels[..., 0]
+        else:
+            values = self.values(z, output)
+            return values[..., 0] if self.n_outputs == 1 and self._loss is not None else values
+        return labels if self.classes is None else self.classes[labels]
+
+    def values(self, z: np.ndarray, output: str = "identity") -> np.ndarray:
+        """Predicted values in the units of y from logits (n_samples, n_outputs) or (models, n_samples, n_outputs)."""
+        shift, scale = self.target_scaling_of(slice(0, self.models), True)
+        values = output_values(z, output)
+        if shift is None:
+            return values
+        return values / scale + shift if z.ndim == 3 else values / scale[0] + shift[0]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (n_samples, classes); one sigmoid output gives the two columns P(0), P(1).
+
+        Raises:
+            ValueError: as ``logits``.
+            RuntimeError: the network's loss is not one over classes, or is not known.
+        """
+        if self._loss is None or not self._loss.row.is_classifier:
+            known = "is not set: assign network.loss, or train with a Trainer" if self._loss is None else f"is {self._loss.name!r}"
+            raise RuntimeError(f"predict_proba needs a loss over classes; the network's loss {known}")
+        p = output_values(self.logits(X), self._loss.row.output)
+        if self._loss.row.output == "sigmoid" and self.n_outputs == 1:
+            return np.concatenate([1 - p, p], axis=-1)
+        return p
+
+    # --- a network as a thing
+
+    def copy_weights(self, into: dict[str, np.ndarray], models: np.ndarray) -> None:
+        """Copy parameters and running statistics of the models in the mask into ``into``, made where it is empty."""
+        for name, values in {"flat": self.flat, **self.statistics}.items():
+            if name not in into:
+                into[name] = values.copy()
+            else:
+                into[name][models] = values[models]
+
+    def set_weights(self, weights: dict[str, np.ndarray], models: np.ndarray) -> None:
+        """Take parameters and running statistics for the models in the mask, as ``copy_weights`` left them."""
+        for name, values in {"flat": self.flat, **self.statistics}.items():
+            values[models] = weights[name][models]
+
+    def __getitem__(self, i: int) -> Network:
+        """Model ``i`` as a network of its own: a copy. Raises IndexError out of range."""
+        if not -self.models <= i < self.models:
+            raise IndexError(f"model {i} of a network with {self.models}")
+        return self.copy(model=i % self.models)
+
+    def __len__(self) -> int:
+        return self.models
+
+    def copy(self, *, model: int | None = None, dtype: Any = None) -> Network:
+        """The same network with memory of its own, in another ``dtype`` if given; or one ``model`` of it."""
+        part = slice(0, self.models) if model is None else slice(model, model + 1)
+        layers = [
+            replace(place.layer, dropout=place.dropout[part].tolist() if model is None else float(place.dropout[model]))
+            if hasattr(place.layer, "dropout")
+            else place.layer
+            for place in self.places
+        ]
+        new = Network(
+            *connect(layers, [place.inputs for place in self.places]),
+            models=self.models if model is None and self.is_fleet else None,
+            seed=self.seeds[part],
+            device=self.backend.device,
+            dtype=dtype or self.dtype,
+            standardize=self.standardize,
+            standardize_targets=self.standardize_targets,
+        )
+        new.streams, new.steps = self.streams[part].copy(), self.steps[part].copy()
+        new.flat[...] = self.flat[part]
+        for name, values in self.statistics.items():
+            new.statistics[name][...] = values[part]
+        for name in SCALINGS:
+            if getattr(self, name) is not None:
+                setattr(new, name, getattr(self, name)[part].astype(new.dtype))
+        new.classes = self.classes
+        new.device_reason = self.device_reason
+        new._loss = self._loss if self._loss is None or model is None else self._loss.for_model(model)
+        return new
+
+    def summary(self) -> str:
+        """A table of the layers with their widths and parameters, ready to print."""
+        header = ("layer", "reads", "units", "activation", "norm", "dropout", "parameters")
+        table = [header]
+        for place in self.places:
+            layer = place.layer
+            own = sum(int(np.prod(v.shape[1:])) for k, v in self.parameters.items() if k.startswith(f"{place.name}."))
+            rates = sorted(set(place.dropout.tolist()))
+            table.append(
+                (
+                    place.name,
+                    ", ".join(self.places[i].name for i in place.inputs),
+                    str(place.units),
+                    layer.f.spec if place.is_dense else "",
+                    (layer.norm or "") + (" after" if layer.norm_after else "") if place.is_dense else "",
+                    " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1])) if rates[-1] > 0),
+                    f"{own:,}" if own else "",
+                )
+            )
+        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        fleet = f" in each of {self.models} models" if self.is_fleet else ""
+        lines.append(f"{self.n_parameters:,} parameters{fleet}, {self.dtype.name}, on {self.device_reason}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        sizes = "-".join(str(place.units) for place in self.places)
+        return f"<Network {sizes}{f', {self.models} models' if self.is_fleet else ''}, {self.n_parameters:,} parameters>"
+
+    def save(self, path: Any) -> None:
+        """Write the model to one safetensors file; see ``gpumlp.files``. Raises ValueError, OSError."""
+        from .files import save_network
+
+        save_network(self, path)
+
+    def __reduce__(self) -> tuple:
+        from .files import from_bytes, to_bytes
+
+        return from_bytes, (to_bytes(self),)
+
+    def gradient_check(self, X: Any, y: Any, loss: Any = None) -> dict[str, float]:
+        """Relative error of each parameter's gradient against central differences; see ``gpumlp.diagnostics``."""
+        from .diagnostics import gradient_check
+
+        return gradient_check(self, X, y, loss)
+
+    def diagnose(self, X: Any, y: Any = None, loss: Any = None) -> Any:
+        """The health of each layer, in numbers and sentences; see ``gpumlp.diagnostics``."""
+        from .diagnostics import diagnose
+
+        return diagnose(self, X, y, loss)
+
+
+def arrange(first: Node, last: Node, models: int) -> list[Place]:
+    """The places of the graph from ``first`` to ``last``, each after those that it reads.
+
+    Raises:
+        ValueError: a graph that is none, widths that cannot be added, names used twice, rates for other models.
+    """
+    nodes = topological_order(first, last)
+    number = {id(node): i for i, node in enumerate(nodes)}
+    places: list[Place] = []
+    counts: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        layer, inputs = node.layer, tuple(number[id(x)] for x in node.inputs)
+        widths = [places[j].units for j in inputs]
+        kind = layer.kind
+        units = int(layer.units) if kind in ("input", "dense") else sum(widths) if kind == "concat" else widths[0]
+        if kind == "add" and len(set(widths)) > 1:
+            raise ValueError(f"Add joins nodes of one width, got widths {widths}")
+        name = getattr(layer, "name", None) or (kind if kind == "input" else f"{kind}_{counts.get(kind, 0)}")
+        counts[kind] = counts.get(kind, 0) + 1
+        if "." in name or name in {place.name for place in places}:
+            raise ValueError(f"layer name {name!r} must be unique and hold no dot")
+        rates = np.asarray(getattr(layer, "dropout", 0.0), np.float64)
+        if rates.ndim and len(rates) != models:
+            raise ValueError(f"dropout of {name} has {len(rates)} values for {models} models; give one, or one for each")
+        places.append(Place(i, layer, name, inputs, sum(widths), units, np.broadcast_to(rates, (models,))))
+    return places
+
+
+def tensor_shapes(places: list[Place]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of a model's parameters: the weights first, so that what is decayed is one stretch of the buffer."""
+    dense = [place for place in places if place.is_dense]
+    shapes: dict[str, tuple[int, ...]] = {f"{place.name}.W": (place.units, place.fan_in) for place in dense}
+    for place in dense:
+        own = ["b"] * place.layer.has_bias + ["gamma", "beta"] * (place.layer.norm is not None)
+        shapes |= {f"{place.name}.{name}": (place.units,) for name in own}
+    return shapes
+
+
+def _part(shift: Any, scale: Any, models: slice) -> tuple[Any, Any]:
+    return (None, None) if shift is None else (shift[models, None, :], scale[models, None, :])
+
+
+def connect(layers: list[Any], inputs: list[tuple[int, ...]]) -> tuple[Node, Node]:
+    """The input and output nodes of the graph in which layer i reads the layers ``inputs[i]``."""
+    nodes: list[Node] = []
+    for layer, reads in zip(layers, inputs, strict=True):
+        nodes.append(Node(layer, tuple(nodes[i] for i in reads)))
+    return nodes[0], nodes[-1]
+
+
+def _graph(architecture: tuple, n_features: int | None, input_dropout: Any) -> tuple[Node, Node]:
+    """The input and output nodes that Network's positional arguments stand for."""
+    if len(architecture) == 2 and all(isinstance(node, Node) for node in architecture):
+        if n_features is not None or np.any(np.asarray(input_dropout)):
+            raise ValueError("n_features and input_dropout belong to gm.Input(...) where the network is built from nodes")
+        return architecture[0], architecture[1]
+    if len(architecture) != 1 or not isinstance(architecture[0], list | tuple):
+        raise ValueError("Network takes a list of layers, or two nodes: Network([Dense(10)], n_features=4), Network(x, out)")
+    if n_features is None:
+        raise ValueError("a network from a list of layers needs n_features, the number of columns of X")
+    if not architecture[0]:
+        raise ValueError("the list of layers is empty; the last layer, say gm.Dense(10), gives the outputs")
+    node = first = Input(n_features, input_dropout)
+    for layer in architecture[0]:
+        if not isinstance(layer, Dense):
+            raise ValueError(f"a list of layers holds gm.Dense layers, got {layer!r}; join branches with nodes instead")
+        node = layer(node)
+    return first, node

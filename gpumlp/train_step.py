@@ -1,0 +1,213 @@
+"""One training step: its buffers and its order, gather, forward, loss, backward, update.
+
+Network, loss, optimizer and batch size decide every buffer in advance; a step allocates none. The rows of a fleet's models
+may differ in number: the last batches of an epoch then are shorter for some models, and each goes on with its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import random
+from .augment import Mixup
+from .backends.base import Batch
+from .lbfgs import iterate
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .losses import Loss
+    from .network import Network
+    from .optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a fit reads: checked arrays, and which rows each model sees."""
+
+    X: np.ndarray  # (n_samples, n_features)
+    y: np.ndarray  # (n_samples,) int64 labels or (n_samples, n_outputs)
+    weight: np.ndarray | None  # (n_samples,)
+    rows: list[np.ndarray] | None  # of each model; None for all rows
+
+
+class TrainStep:
+    """Buffers and views for the steps of one fit.
+
+    Args:
+        batch_size: rows of a step; the full batch for an optimizer that needs it.
+        shuffle: a new order in every epoch, of each model its own.
+    """
+
+    def __init__(
+        self, network: Network, loss: Loss, optimizer: Optimizer, data: Data, batch_size: int, shuffle: bool, augment: tuple
+    ) -> None:
+        self.network, self.backend, self.loss, self.data, self.augment = network, network.backend, loss, data, augment
+        self.optimizer, self.bound = optimizer, optimizer.bind(network)
+        self.shuffle = shuffle and not optimizer.full_batch
+        rows = data.rows or [np.arange(len(data.X))]
+        self.rows = rows if len(rows) == network.models else rows * network.models
+        self.counts = np.array([len(r) for r in self.rows])  # rows of each model
+        self.batch_size = int(self.counts.max() if optimizer.full_batch else min(batch_size, self.counts.max()))
+        self.steps_per_epoch = int(-(-self.counts.max() // self.batch_size))
+        self.active = np.ones(network.models, bool)  # models that still train
+        varies = self.shuffle or data.rows is not None or bool(augment)
+        self.per_model_rows = network.models > 1 and varies
+        self.order = np.zeros((network.models if self.per_model_rows else 1, self.counts.max()), np.int64)
+        self.workspace = Workspace(network, self.batch_size, training=True, per_model_rows=self.per_model_rows)
+        self._all = [(slice(0, network.models), self.batch_size)]
+        self._full_steps = int(self.counts.min() // self.batch_size)  # steps in which every model has a full batch
+        self._parts: dict[tuple, tuple[Workspace, Batch]] = {}
+        self._batch = self._buffers()
+        self.loss_sum, self.weight_sum = np.zeros(network.models), np.zeros(network.models)  # over the epoch so far
+        for i in range(len(self.order)):
+            self.order[i, : self.counts[i]] = self.rows[i]
+
+    # --- an epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Order the rows for ``epoch``: a function of seed and epoch alone."""
+        self.loss_sum[...], self.weight_sum[...] = 0.0, 0.0
+        if self.shuffle:
+            for i, (order, rows, count) in enumerate(zip(self.order, self.rows, self.counts, strict=False)):
+                seed, stream = int(self.network.seeds[i]), int(self.network.streams[i])
+                np.take(rows, random.permutation(count, seed=seed, step=epoch, model=stream), out=order[:count])
+
+    def epoch_loss(self) -> np.ndarray:
+        """Mean loss of each model over the epoch so far, (models,); NaN before its first step."""
+        return np.divide(self.loss_sum, self.weight_sum, out=np.full_like(self.loss_sum, np.nan), where=self.weight_sum > 0)
+
+    # --- a step
+
+    def run(self, position: int, learning_rate: Any) -> np.ndarray:
+        """Step ``position`` of the epoch; returns each model's mean loss over its batch, (models,), NaN where it had none.
+
+        A model whose loss is not finite is not updated.
+        """
+        if self.optimizer.full_batch:
+            return self._full_batch_step(learning_rate)
+        groups = self._groups(position)
+        if groups is self._all:
+            return self._step(position, *groups[0], learning_rate)
+        losses = np.full(self.network.models, np.nan)
+        for models, n in groups:
+            losses[models] = self._step(position, models, n, learning_rate)
+        return losses
+
+    def _step(self, position: int, models: slice, n: int, learning_rate: Any) -> np.ndarray:
+        loss = self._gradient(position, models, n)
+        finite = np.isfinite(loss)
+        for part in [models] if finite.all() else _single(models, finite):
+            self.backend.update(self.bound, part, learning_rate)
+            self.network.after_update(part)
+        return loss
+
+    def _gradient(self, position: int, models: slice, n: int) -> np.ndarray:
+        """Gather, forward, loss, backward."""
+        workspace, batch = self._part(models, n)
+        start = position * self.batch_size
+        rows = models if self.per_model_rows else slice(0, 1)
+        self.backend.gather(batch, self.order[rows, start : start + n])
+        if self.augment:
+            self._augment(workspace, batch)
+        z = workspace.forward()
+        loss = self.backend.loss(self.loss, z, batch.targets, batch.weights, workspace.dz)
+        workspace.backward()
+        weight = n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
+        self.loss_sum[models] += loss * weight
+        self.weight_sum[models] += weight
+        return loss
+
+    def _augment(self, workspace: Workspace, batch: Batch) -> None:
+        for row in self.augment:
+            if row.before_scaling:
+                row.apply(batch, workspace.draw)
+        self.backend.standardize(batch.x, *self._input_scaling(workspace.models))
+        for row in self.augment:
+            if not row.before_scaling:
+                row.apply(batch, workspace.draw)
+
+    def _full_batch_step(self, learning_rate: Any) -> np.ndarray:
+        groups = self._groups(0)
+
+        def evaluate() -> np.ndarray:
+            self.loss_sum[...], self.weight_sum[...] = 0.0, 0.0
+            losses = np.zeros(self.network.models)
+            for models, n in groups:
+                losses[models] = self._gradient(0, models, n)
+            return losses
+
+        repeats = not self.augment and not any(place.dropout.any() for place in self.network.places)
+        losses = iterate(self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=repeats)
+        losses = np.atleast_1d(losses)
+        self.loss_sum[...], self.weight_sum[...] = losses, 1.0
+        for models, _ in groups:
+            self.network.after_update(models)
+        return losses
+
+    # --- which models, how many rows
+
+    def retire(self, models: np.ndarray) -> None:
+        """Train the models of the mask no further in this fit."""
+        self.active &= ~models
+        if not self.active.all():
+            self._full_steps = 0
+
+    def _groups(self, position: int) -> list[tuple[slice, int]]:
+        """The models that have rows left at this step, together where they have equally many, else one by one."""
+        if position < self._full_steps:
+            return self._all
+        left = np.where(self.active, np.minimum(self.counts - position * self.batch_size, self.batch_size), 0)
+        first = int(left[0])
+        if first > 0 and (left == first).all():
+            return [(slice(0, self.network.models), first)]
+        return [(slice(i, i + 1), int(n)) for i, n in enumerate(left) if n > 0]
+
+    def _part(self, models: slice, n: int) -> tuple[Workspace, Batch]:
+        key = (models.start, models.stop, n)
+        if key not in self._parts:
+            workspace, batch = self.workspace.view(models, n), self._batch
+            m = models if self.per_model_rows else slice(0, 1)
+            shift, scale = (None, None) if self.augment else self._input_scaling(models)
+            cut = {
+                name: None if (whole := getattr(batch, name)) is None else whole[m, :n] for name in ("raw", "targets", "weights")
+            }
+            target_shift, target_scale = self.network.target_scaling_of(models, self.per_model_rows)
+            self._parts[key] = (
+                workspace,
+                replace(
+                    batch, x=workspace.x, shift=shift, scale=scale, target_shift=target_shift, target_scale=target_scale, **cut
+                ),
+            )
+        return self._parts[key]
+
+    def _input_scaling(self, models: slice) -> tuple[Any, Any]:
+        return self.network.standardization_of(models, self.per_model_rows)
+
+    def _buffers(self) -> Batch:
+        """The batch's own buffers at full size; x belongs to the workspace."""
+        network, data, empty = self.network, self.data, self.backend.empty
+        y = data.y
+        if any(isinstance(row, Mixup) for row in self.augment) and y.ndim == 1:
+            y = np.eye(network.n_outputs, dtype=network.dtype)[y]  # labels that mix are probabilities
+        shape = (len(self.order), self.batch_size)
+        return Batch(
+            X=data.X,
+            y=y,
+            weight=data.weight,
+            raw=None if data.X.dtype == network.dtype else empty((*shape, network.n_features), data.X.dtype),
+            x=self.workspace.x,
+            targets=empty((*shape, *y.shape[1:]), y.dtype),
+            weights=None if data.weight is None else empty(shape, data.weight.dtype),
+            shift=None,
+            scale=None,
+            target_shift=None,
+            target_scale=None,
+        )
+
+
+def _single(models: slice, keep: np.ndarray) -> list[slice]:
+    """The models of a slice that are to be kept, one by one."""
+    return [slice(i, i + 1) for i, kept in zip(range(models.start, models.stop), keep, strict=True) if kept]

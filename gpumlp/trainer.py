@@ -1,0 +1,410 @@
+"""Trainer.fit: the whole training loop on one screen, and what it needs around it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .augment import check_augmentation
+from .callbacks import Callback, ProgressBar
+from .data.checks import check_integer, check_number, check_sample_weight, check_targets, check_X, encode_labels
+from .data.splits import split_indices
+from .evaluation import evaluate
+from .losses import Loss, get_loss
+from .metrics import get_metric
+from .network import Network
+from .optimizers import Optimizer, get_optimizer
+from .schedules import Schedule, get_schedule
+from .train_step import Data, TrainStep
+
+History = dict[str, list]
+
+
+class DivergedError(ArithmeticError):
+    """The loss turned NaN or infinite; the message names the step, the learning rate and what to try."""
+
+
+class Trainer:
+    """Trains a network, or a fleet, on arrays.
+
+    Args:
+        network: what to train; its parameters change in place.
+        loss: a name of ``gpumlp.losses.LOSSES`` or a ``Loss`` with options.
+        optimizer: a name or an ``Optimizer``; the trainer takes a fresh copy.
+        schedule: None, a name of ``gpumlp.schedules.SCHEDULES`` or a schedule: the factor on the learning rate.
+        metrics: names of ``gpumlp.metrics.METRICS`` that validation reports; None takes the loss's usual one.
+        augment: augmentations of the training batches, in order: ``GaussianNoise``, ``Mixup``, ``RandomShift``.
+
+    Attributes:
+        history: plain lists, one value for each epoch: epoch, loss, learning_rate, seconds, and with validation data
+            val_loss and val_<metric>; a fleet has a list of one value for each model in each place. ``loss`` is the mean
+            of the batches' losses while the weights moved; penalties (l1, l2) are not in it.
+        stopped: why the last fit ended: "epochs", "early", "time limit" or "interrupted".
+
+    Raises:
+        ValueError, TypeError: unknown names, options that do not fit the network.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        loss: str | Loss,
+        optimizer: str | Optimizer = "adam",
+        *,
+        schedule: str | Schedule | None = None,
+        metrics: Sequence[str] | None = None,
+        augment: Any = (),
+    ) -> None:
+        self.network = network
+        self.loss = network.loss = get_loss(loss)
+        self.optimizer = get_optimizer(optimizer).fresh()
+        self.schedule = get_schedule(schedule)
+        names = metrics if metrics is not None else [self._usual_metric()]
+        self.metrics = [get_metric(name) for name in names]
+        self.augment = check_augmentation(augment, network)
+        if network.standardize_targets and self.loss.row.output != "identity":
+            raise ValueError(f"standardize_targets fits losses over values; {self.loss.name!r} reads its targets as they are")
+        if self.loss.row.output == "softmax" and network.n_outputs < 2:
+            raise ValueError("softmax_cross_entropy needs an output for each class, at least 2; for one, use binary_cross_entropy")
+        self.epoch = 0  # epochs begun and finished since the trainer was made: the shuffle's counter
+        self.position = 0  # steps made in the present epoch
+        self.epochs = self.epochs_done = self.steps_per_epoch = 0  # of the present fit
+        self.resumed = False
+        self.history: History = {}
+        self.stopped = ""
+        self.callbacks: list[Callback] = []  # of the last fit
+        self._step: TrainStep | None = None
+        self._seconds = 0.0
+        self._last: dict[str, np.ndarray] = {}  # the weights that training had reached, where better ones were put back
+        self._pending: dict[str, Any] | None = None  # what resume loaded and the next fit takes up
+
+    # --- the loop
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int = 10,
+        batch_size: int = 128,
+        validation_data: tuple | None = None,
+        validation_split: float | None = None,
+        sample_weight: Any = None,
+        rows: Sequence[Any] | None = None,
+        shuffle: bool = True,
+        callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
+        time_limit: float | None = None,
+    ) -> History:
+        """Train for ``epochs`` epochs; a further call trains on from there.
+
+        Args:
+            X: (n_samples, n_features), any float or integer dtype; cast batch by batch, never modified.
+            y: (n_samples,) labels 0 to n_outputs - 1, or labels of any kind (strings, ...), kept as ``network.classes``;
+                or targets (n_samples,) or (n_samples, n_outputs).
+            batch_size: rows of a step; the last step of an epoch takes what is left.
+            validation_data: (X, y) or (X, y, sample_weight), evaluated after every epoch.
+            validation_split: share of the rows to hold out for that instead, in (0, 1); stratified by label.
+            sample_weight: (n_samples,), not negative: losses are weighted means.
+            rows: for a fleet, the row numbers that each model sees, as ``models`` integer arrays.
+            shuffle: a new order in every epoch; each model has its own.
+            callbacks: observers, called in order.
+            progress: show a bar; None shows one on a terminal.
+            time_limit: seconds after which the fit ends, at the end of a step.
+
+        Returns:
+            ``history``.
+
+        Ctrl-C ends the fit after the current step with a warning, and ``EarlyStopping`` puts the best weights back as it
+        does at any end; a second Ctrl-C raises KeyboardInterrupt.
+
+        Raises:
+            ValueError, TypeError: data or arguments that do not fit; the message says what and what to do.
+            DivergedError: the loss of the network, or of all models of a fleet, is no longer finite. A fleet's model that
+                diverges alone is left as it was, with a warning.
+        """
+        check_integer(epochs, "epochs", 1)
+        check_integer(batch_size, "batch_size", 1)
+        if time_limit is not None:
+            check_number(time_limit, "time_limit", 0, np.inf, "()")
+        data, validation = self._prepare(X, y, sample_weight, rows, validation_data, validation_split)
+        step = self._begin(data, epochs, batch_size, shuffle)
+        observers = [ProgressBar(progress), *callbacks]
+        self.callbacks = list(callbacks)
+        self._load_callbacks()
+        started = time.monotonic() - self._seconds
+        deadline = np.inf if time_limit is None else time.monotonic() + time_limit
+        with _interruptible() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            try:
+                for observer in observers:
+                    observer.on_fit_begin(self)
+                on_step = [o.on_step_end for o in observers if o.on_step_end and type(o).on_step_end is not Callback.on_step_end]
+                self.stopped = "epochs"
+                while self.epochs_done < epochs and self.stopped == "epochs":
+                    rates = self._learning_rates()
+                    while self.position < step.steps_per_epoch and self.stopped == "epochs":
+                        loss = step.run(self.position, rates[self.position])
+                        self.position += 1
+                        self._check_finite(loss, rates[self.position - 1])
+                        for observe in on_step:
+                            observe(self, loss)
+                        if interrupted():
+                            self.stopped = "interrupted"
+                        elif time.monotonic() > deadline:
+                            self.stopped = "time limit"
+                    if self.position < step.steps_per_epoch:
+                        break
+                    self._seconds = time.monotonic() - started
+                    record = self._record(rates[-1], validation)
+                    self._next_epoch()
+                    for observer in observers:
+                        done = observer.on_epoch_end(self, record)
+                        if done is not None:
+                            step.retire(np.asarray(done))
+                    if not step.active.any():
+                        self.stopped = "early"
+            finally:
+                self._seconds = time.monotonic() - started
+                self.resumed = False
+                for observer in observers:
+                    observer.on_fit_end(self)
+        if self.stopped == "interrupted":
+            warnings.warn(
+                f"fit was interrupted in epoch {self.epochs_done + 1} of {epochs}; the network is usable as it is",
+                stacklevel=2,
+            )
+        return self.history
+
+    # --- the loop's parts
+
+    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool) -> TrainStep:
+        """The step for this data, and the counters of a new fit or of the one that is resumed."""
+        step = TrainStep(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment)
+        self._step, self._last = step, {}
+        self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
+        if self._pending is None:
+            self.position, self.epochs_done, self._seconds, self.history = 0, 0, 0.0, {}
+            step.begin_epoch(self.epoch)
+            return step
+        facts, arrays = self._pending["facts"], self._pending["arrays"]
+        for name, now in self.fit_facts(step).items():
+            if facts["fit"][name] != now:
+                raise ValueError(f"the resumed training had {name} {facts['fit'][name]!r}, this fit has {now!r}; they must be the same")
+        if epochs < self.epochs_done:
+            raise ValueError(f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too")
+        step.begin_epoch(self.epoch)
+        step.loss_sum[...], step.weight_sum[...] = arrays["loss_sum"], arrays["weight_sum"]
+        step.active[...] = arrays["active"]
+        step.retire(~step.active)
+        self.resumed = True
+        return step
+
+    def fit_facts(self, step: TrainStep) -> dict[str, Any]:
+        """What a resumed fit must share with the one that was saved."""
+        return {
+            "n_samples": len(step.data.X),
+            "batch_size": step.batch_size,
+            "shuffle": bool(step.shuffle),
+            "steps_per_epoch": step.steps_per_epoch,
+        }
+
+    def _load_callbacks(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        names, now = pending["facts"]["callbacks"], [type(callback).__name__ for callback in self.callbacks]
+        if names != now:
+            raise ValueError(f"the saved fit had callbacks {names}, this one has {now}; give the same ones in the same order")
+        for i, callback in enumerate(self.callbacks):
+            prefix = f"callbacks.{i}."
+            callback.load_state({k.removeprefix(prefix): v for k, v in pending["arrays"].items() if k.startswith(prefix)})
+
+    def _learning_rates(self) -> list:
+        """The learning rate of every step of this epoch: numbers, or (models,) arrays."""
+        n = self.steps_per_epoch
+        times = self.epochs_done + np.arange(n) / n
+        factors = np.asarray(self.schedule(times, self.epochs), np.float64)
+        base = np.asarray(self.optimizer.learning_rate, np.float64)
+        if hasattr(self.schedule, "observe"):  # its factor is one for each model, and holds for the whole epoch
+            rate = base * factors
+            return [float(rate[0]) if rate.shape == (1,) else rate] * n
+        return [*(base * factors[:, None])] if base.ndim else (base * factors).tolist()
+
+    def _check_finite(self, loss: np.ndarray, rate: Any) -> None:
+        step = self._step
+        assert step is not None
+        bad = step.active & ~np.isfinite(loss) & (step.counts > (self.position - 1) * step.batch_size)
+        if not bad.any():
+            return
+        where = f"at step {self.position} of epoch {self.epochs_done + 1}"
+        advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
+        if (bad | ~step.active).all():
+            shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[bad].tolist()
+            raise DivergedError(f"the loss is {loss[bad][0]} {where} with learning rate {shown}; {advice}")
+        names = ", ".join(str(i) for i in np.flatnonzero(bad))
+        warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {advice}", stacklevel=3)
+        step.retire(bad)
+
+    def _record(self, rate: Any, validation: tuple | None) -> dict[str, Any]:
+        """What the epoch gave, appended to ``history`` and returned."""
+        assert self._step is not None
+        record: dict[str, Any] = {"epoch": self.epochs_done + 1, "loss": self._plain(self._step.epoch_loss())}
+        if validation is not None:
+            record |= {f"val_{name}": value for name, value in self._evaluate(*validation).items()}
+        record["learning_rate"] = rate if np.ndim(rate) == 0 else np.asarray(rate).tolist()
+        record["seconds"] = round(self._seconds, 6)
+        for name, value in record.items():
+            self.history.setdefault(name, []).append(value)
+        if hasattr(self.schedule, "observe"):
+            watched = record.get("val_loss", record["loss"])
+            self.schedule.observe(np.atleast_1d(np.asarray(watched, np.float64)))
+        return record
+
+    def _next_epoch(self) -> None:
+        assert self._step is not None
+        self.epoch, self.epochs_done, self.position = self.epoch + 1, self.epochs_done + 1, 0
+        self._step.begin_epoch(self.epoch)
+
+    def _plain(self, values: np.ndarray) -> Any:
+        return [float(v) for v in values] if self.network.is_fleet else float(values[0])
+
+    def epoch_loss(self) -> np.ndarray:
+        """Mean loss over the present epoch so far, (models,)."""
+        assert self._step is not None
+        return self._step.epoch_loss()
+
+    def put_back(self, weights: dict[str, np.ndarray], models: np.ndarray) -> None:
+        """Give the models in the mask other weights for use; ``save_state`` still saves those that training had reached."""
+        if not self._last:
+            self.network.copy_weights(self._last, np.ones(self.network.models, bool))
+        self.network.set_weights(weights, models)
+
+    # --- data
+
+    def _prepare(self, X, y, sample_weight, rows, validation_data, validation_split) -> tuple[Data, tuple | None]:
+        """Check everything, encode labels, learn standardisation: what the loop reads, and what validation reads."""
+        network = self.network
+        X = check_X(X, network.n_features, dtype=network.dtype)
+        learning = not network.steps.any() and self._pending is None
+        y = self._targets(y, len(X), learn_classes=learning)
+        validation = None
+        if validation_data is not None and validation_split is not None:
+            raise ValueError("give validation_data or validation_split, not both")
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple | list) or len(validation_data) not in (2, 3):
+                raise ValueError("validation_data must be (X, y) or (X, y, sample_weight)")
+            X_val = check_X(validation_data[0], network.n_features, name="validation X", dtype=network.dtype)
+            weight = check_sample_weight(validation_data[2], len(X_val)) if len(validation_data) == 3 else None
+            validation = (X_val, self._targets(validation_data[1], len(X_val), name="validation y"), weight)
+        if rows is not None:
+            rows = self._check_rows(rows, len(X))
+        weight = None if sample_weight is None else check_sample_weight(sample_weight, len(X), dtype=network.dtype)
+        if validation_split is not None:
+            if rows is not None:
+                raise ValueError("validation_split would cut across rows; give validation_data")
+            seed = int(network.seeds[0])
+            train, held = split_indices(len(X), validation_split, seed=seed, stratify=y if y.ndim == 1 else None)
+            validation = (X[held], y[held], None if weight is None else weight[held])
+            X, y, weight = X[train], y[train], None if weight is None else weight[train]
+        by_class = self.loss.class_weight_of(y, network.n_outputs)
+        if by_class is not None:
+            weight = (by_class if weight is None else by_class * weight).astype(network.dtype)
+        if learning:
+            network.learn_standardization(X, y, rows)
+        return Data(X, y, weight, rows), validation
+
+    def _targets(self, y: Any, n: int, name: str = "y", learn_classes: bool = False) -> np.ndarray:
+        """Labels (n,) or targets (n, outputs) as the loss reads them; labels that are no numbers are encoded."""
+        network, row = self.network, self.loss.row
+        values = np.asarray(y) if not hasattr(y, "to_numpy") else y.to_numpy()
+        if row.is_classifier and values.dtype.kind in "OUSb" and values.ndim == 1:
+            values, classes = encode_labels(values, None if learn_classes else network.classes, name=name)
+            expected = 2 if row.output == "sigmoid" and network.n_outputs == 1 else network.n_outputs
+            if len(classes) > expected:
+                raise ValueError(f"{name} has {len(classes)} classes, but the network has outputs for {expected}")
+            if learn_classes:
+                network.classes = classes
+        values = check_targets(values, n, network.n_outputs, row.targets, name=name, allow_one_class=name != "y")
+        return values if values.dtype.kind == "i" else values.astype(network.dtype, copy=False)
+
+    def _check_rows(self, rows: Sequence[Any], n: int) -> list[np.ndarray]:
+        if len(rows) != self.network.models:
+            raise ValueError(f"rows has {len(rows)} entries for {self.network.models} models; give each model its row numbers")
+        checked = []
+        for i, part in enumerate(rows):
+            part = np.asarray(part)
+            if part.ndim != 1 or not len(part) or part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= n:
+                raise ValueError(f"rows[{i}] must hold integers from 0 to {n - 1}, at least one")
+            checked.append(part.astype(np.int64))
+        return checked
+
+    # --- evaluation
+
+    def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """Loss and metrics on X, y, without training: {"loss": ..., "accuracy": ...}; lists for a fleet.
+
+        Args and errors as in ``fit``.
+        """
+        X = check_X(X, self.network.n_features, dtype=self.network.dtype)
+        weight = None if sample_weight is None else check_sample_weight(sample_weight, len(X))
+        return self._evaluate(X, self._targets(y, len(X), name="evaluation y"), weight)
+
+    def _evaluate(self, X: np.ndarray, y: np.ndarray, weight: np.ndarray | None) -> dict[str, Any]:
+        found = evaluate(self.network, self.loss, self.metrics, X, y, weight)
+        return {name: self._plain(values) for name, values in found.items()}
+
+    # --- saving in the middle
+
+    def save_state(self, path: Any) -> None:
+        """Write all that an exact resume needs to one file, at any step: from a callback, or after ``fit`` ended.
+
+        Raises:
+            RuntimeError: nothing was trained yet.
+            OSError: the file cannot be written; an earlier one of that name stays as it was.
+        """
+        from .files import save_state
+
+        save_state(self, path)
+
+    def resume(self, path: Any) -> None:
+        """Take up what ``save_state`` wrote: the next ``fit`` with the same data and settings ends with the same bits.
+
+        Raises:
+            FileError: the file is damaged or of another format.
+            ValueError: it belongs to another network, loss or optimizer.
+        """
+        from .files import load_state
+
+        load_state(self, path)
+
+    def _usual_metric(self) -> str:
+        several = self.loss.row.output == "sigmoid" and self.network.n_outputs > 1
+        return "subset_accuracy" if several else self.loss.row.metric
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Within, the first Ctrl-C is only noted; the second raises. Yields a function that says whether it was noted."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted.is_set  # only the main thread may handle signals
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(signum: int, frame: Any) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    try:
+        signal.signal(signal.SIGINT, note)
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

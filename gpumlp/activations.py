@@ -177,11 +177,15 @@ def mish(z: Array, out: Array | None = None) -> Array:
 
 
 def mish_grad(z: Array, a: Array, out: Array | None = None) -> Array:
-    """da/dz = n / (n + 2) + z · 4 e (e + 1) / (n + 2)²: tanh(s) + z (1 - tanh²(s)) sigmoid(z), s = softplus(z)"""
+    """da/dz = tanh(s) + z (1 - tanh²(s)) sigmoid(z), s = softplus(z): (n + 4 z e (e + 1) / (n + 2)) / (n + 2)"""
     z = np.minimum(z, 20.0)
     e = np.exp(z)
     n = e * (e + 2.0)
-    return np.add(n / (n + 2.0), z * (4.0 * e * (e + 1.0) / np.square(n + 2.0)), out=_like(z, out))
+    z *= 4.0 * e
+    z *= e + 1.0
+    z /= n + 2.0
+    z += n
+    return np.divide(z, n + 2.0, out=_like(z, out))
 
 
 def softplus(z: Array, out: Array | None = None) -> Array:

@@ -81,6 +81,7 @@ def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> 
         for name in SCALINGS:
             setattr(network, name, tensors.get(f"{network.places[0].name}.{name}"))
         network.classes = None if config["classes"] is None else np.array(config["classes"])
+        network.feature_names, network.target_names = config["feature_names"], config["target_names"]
         network.loss = None if config["loss"] is None else Loss(**config["loss"])
         return network
 
@@ -103,6 +104,8 @@ def describe(network: Network) -> dict[str, Any]:
         "standardize_targets": network.standardize_targets,
         "scaled": [name for name in SCALINGS if getattr(network, name) is not None],
         "classes": None if network.classes is None else network.classes.tolist(),
+        "feature_names": network.feature_names,
+        "target_names": network.target_names,
         "loss": None if network.loss is None else network.loss.describe(),
     }
 
@@ -224,7 +227,7 @@ def _state_of(callback: Any) -> dict[str, Any]:
 
 def _identity(network: Network) -> dict[str, Any]:
     """What of a network stays the same while it trains."""
-    changing = ("steps", "classes", "scaled", "loss")
+    changing = ("steps", "classes", "scaled", "loss", "feature_names", "target_names")
     return {name: value for name, value in describe(network).items() if name not in changing}
 
 

@@ -65,6 +65,7 @@ class Network:
         statistics: name → running mean and variance of batch normalisation, (models, units).
         loss: the loss that predictions are read by; ``Trainer`` sets it, a name may be assigned.
         classes: the labels that outputs stand for, or None for 0, 1, ...
+        feature_names, target_names: of the columns of X and y, where somebody set them; kept in the model's file.
 
     Raises:
         ValueError: layers that do not fit, unknown names, values out of range.
@@ -105,6 +106,8 @@ class Network:
         self.target_shift: np.ndarray | None = None  # (models, n_outputs), with target_scale
         self.target_scale: np.ndarray | None = None
         self.classes: np.ndarray | None = None
+        self.feature_names: list[str] | None = None
+        self.target_names: list[str] | None = None
         self._loss: Loss | None = None
         self._training: Workspace | None = None
         self._ready: Workspace | None = None  # where the last forward left what backward needs
@@ -387,7 +390,7 @@ class Network:
         for name in SCALINGS:
             if getattr(self, name) is not None:
                 setattr(new, name, getattr(self, name)[part].astype(new.dtype))
-        new.classes = self.classes
+        new.classes, new.feature_names, new.target_names = self.classes, self.feature_names, self.target_names
         new.device_reason = self.device_reason
         new._loss = self._loss if self._loss is None or model is None else self._loss.for_model(model)
         return new

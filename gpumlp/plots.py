@@ -59,7 +59,7 @@ def learning_curves(history: Mapping[str, Sequence[Any]], path: str | os.PathLik
         ImportError: without matplotlib.
         ValueError: for a history without epochs or losses, columns of unequal length, or another extension.
     """
-    figure_class = _matplotlib_figure()
+    figure_class = require_matplotlib()
     path = _checked_path(path)
     epoch, columns = _history_columns(history)
     losses: dict[str, np.ndarray] = {name: columns.pop(name) for name in ("loss", "val_loss") if name in columns}
@@ -99,7 +99,7 @@ def confusion_matrix(
         ImportError: without matplotlib.
         ValueError: for labels that ``classes`` does not cover, unequal lengths, or another extension.
     """
-    figure_class = _matplotlib_figure()
+    figure_class = require_matplotlib()
     path = _checked_path(path)
     y_true, y_pred, names = _class_indices(np.asarray(y_true), np.asarray(y_pred), classes)
     n = len(names)
@@ -164,7 +164,7 @@ def decision_boundary(network: Any, X: Any, y: Any, path: str | os.PathLike[str]
         ImportError: without matplotlib.
         ValueError: if X has not two features, y does not fit, or for another extension.
     """
-    figure_class = _matplotlib_figure()
+    figure_class = require_matplotlib()
     path = _checked_path(path)
     X, y = np.asarray(X), np.asarray(y)
     if X.ndim != 2 or X.shape[1] != 2:
@@ -241,7 +241,7 @@ def regression_curve(network: Any, X: Any, y: Any, path: str | os.PathLike[str] 
         ImportError: without matplotlib.
         ValueError: if X has more than one feature, y does not fit, or for another extension.
     """
-    figure_class = _matplotlib_figure()
+    figure_class = require_matplotlib()
     path = _checked_path(path)
     X, y = np.asarray(X), np.asarray(y)
     if not (X.ndim == 1 or (X.ndim == 2 and X.shape[1] == 1)):
@@ -473,7 +473,7 @@ def _check_rows(X: np.ndarray, y: np.ndarray, y_ndim: tuple[int, ...]) -> None:
 # Matplotlib and files.
 
 
-def _matplotlib_figure() -> type[Figure]:
+def require_matplotlib() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -41,9 +41,7 @@ class Purpose(IntEnum):
 
 def words(n: int, *, seed: int, purpose: int, step: int = 0, model: int = 0, layer: int = 0) -> Array:
     """The first n raw 64-bit words of a stream, (n,) uint64; everything below is made of these."""
-    if n < 0:
-        raise ValueError(f"n={n} must be at least 0")
-    return _engine.words(n, seed, purpose, step, model, layer)
+    return _engine.words(_check_count(n), seed, purpose, step, model, layer)
 
 
 def generator(*, seed: int, purpose: int, step: int = 0, model: int = 0, layer: int = 0) -> np.random.Generator:
@@ -70,7 +68,7 @@ def normal(n: int, *, seed: int, purpose: int, step: int = 0, model: int = 0, la
 
     With u, v the uniforms of those words, element 2i is √(-2 log u) cos(2πv), element 2i + 1 √(-2 log u) sin(2πv).
     """
-    u = _unit_interval(words(n + n % 2, seed=seed, purpose=purpose, step=step, model=model, layer=layer))
+    u = _unit_interval(words(_check_count(n) + n % 2, seed=seed, purpose=purpose, step=step, model=model, layer=layer))
     radius = np.sqrt(-2.0 * np.log(u[0::2]))
     angle = (2.0 * np.pi) * u[1::2]
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # (n / 2, 2)
@@ -145,9 +143,15 @@ def _check_word(name: str, value: int) -> int:
     return value
 
 
+def _check_count(n: int) -> int:
+    if n < 0:
+        raise ValueError(f"n={n} must be at least 0")
+    return n
+
+
 def _lanes(n: int, seed: int, purpose: int, step: int, model: int, layer: int) -> Array:
     """The first n 32-bit lanes of a stream: the halves of its words, low half first on every host."""
-    pairs = _engine.words((n + 1) // 2, seed, purpose, step, model, layer)
+    pairs = _engine.words((_check_count(n) + 1) // 2, seed, purpose, step, model, layer)
     return pairs.astype("<u8", copy=False).view("<u4")[:n]
 
 

@@ -191,6 +191,7 @@ class Trainer:
         self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
         if self._pending is None:
             self.position, self.epochs_done, self._seconds, self.history = 0, 0, 0.0, {}
+            self.schedule = get_schedule(self.schedule)  # one with memory begins anew
             step.begin_epoch(self.epoch)
             return step
         facts, arrays = self._pending["facts"], self._pending["arrays"]
@@ -331,7 +332,9 @@ class Trainer:
                 raise ValueError(f"{name} has {len(classes)} classes, but the network has outputs for {expected}")
             if learn_classes:
                 network.classes = classes
-        values = check_targets(values, n, network.n_outputs, row.targets, name=name, allow_one_class=name != "y")
+        values = check_targets(
+            values, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y"
+        )
         return values if values.dtype.kind == "i" else values.astype(network.dtype, copy=False)
 
     def _check_rows(self, rows: Sequence[Any], n: int) -> list[np.ndarray]:

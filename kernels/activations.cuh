@@ -76,7 +76,7 @@ template <typename T> GM_DEVICE T mish_f(T z, T) {
 template <typename T> GM_DEVICE T mish_f_grad(T z, T, T) {
     z = gm_at_most(z, T(20));
     T e = gm_exp(z), n = e * (e + T(2));
-    return n / (n + T(2)) + z * (T(4) * e * (e + T(1)) / ((n + T(2)) * (n + T(2))));
+    return (n + T(4) * z * e * (e + T(1)) / (n + T(2))) / (n + T(2));
 }
 
 template <typename T> GM_DEVICE T softplus_f(T z, T) { return gm_at_least(z, T(0)) + gm_log1p(gm_exp(-gm_fabs(z))); }

@@ -303,7 +303,11 @@ def test_a_name_gives_its_row():
 
 def test_alpha_by_argument_and_by_name():
     z = np.array([-2.0, 3.0])
-    for row in [get_activation("leaky_relu", 0.2), get_activation("leaky_relu(0.2)"), get_activation("leaky_relu ( 0.2 )")]:
+    for row in [
+        get_activation("leaky_relu", 0.2),
+        get_activation("leaky_relu(0.2)"),
+        get_activation("leaky_relu ( 0.2 )"),
+    ]:
         assert row.alpha == 0.2
         np.testing.assert_array_equal(row.f(z), [-0.4, 3.0])
     assert get_activation("leaky_relu", 1).alpha == 1.0
@@ -332,7 +336,9 @@ def test_rows_can_be_copied_and_pickled(spec):
 
 
 def test_a_row_of_your_own_passes_through():
-    own = Activation("cube", lambda z, out=None: np.power(z, 3, out=out), lambda z, a, out=None: 3 * z * z, "mine", "he_normal")
+    own = Activation(
+        "cube", lambda z, out=None: np.power(z, 3, out=out), lambda z, a, out=None: 3 * z * z, "mine", "he_normal"
+    )
     assert get_activation(own) is own
     assert own.spec == "cube"
 

@@ -95,9 +95,9 @@ def test_X_check_needs_little_memory():
         (np.array([[b"a"]]), r"\(bytes\)"),
         (np.ones((2, 2), dtype=complex), r"complex128 \(complex numbers\)"),
         (np.zeros((2, 2), dtype="M8[s]"), r"datetime64\[s\] \(not numbers\)"),
-        ([[1, 2], [3, 4], [5]], r"X is ragged: row 0 has 2 values, row 2 has 1"),
-        ([[1, 2], 3], r"X is ragged: some rows are lists and some are single values"),
-        ([[[1], [2]], [[3], [4, 5]]], r"X is ragged: .*inhomogeneous"),
+        ([[1, 2], [3, 4], [5]], r"X cannot be made an array: row 0 has 2 values, row 2 has 1"),
+        ([[1, 2], 3], r"X cannot be made an array: some rows are lists and some are single values"),
+        ([[[1], [2]], [[3], [4, 5]]], r"X cannot be made an array: .*inhomogeneous"),
         (np.ma.masked_array([[1.0, 2.0]], mask=[[True, False]]), r"masked.*X\.filled"),
     ],
 )
@@ -179,6 +179,12 @@ def test_labels(y, kind):
     assert labels.dtype == np.int64 and labels.dtype.isnative and labels.tolist() == [0, 2, 1, 2]
 
 
+def test_labels_of_a_dtype_narrower_than_the_number_of_outputs():
+    assert check_targets(np.array([0, 255], dtype=np.uint8), 2, 1000, "labels").tolist() == [0, 255]
+    with pytest.raises(ValueError, match=r"y\[1\] is -1; labels must be integers in \[0, 1000\)"):
+        check_targets(np.array([0, -1], dtype=np.int8), 2, 1000, "labels")
+
+
 def test_labels_int64_are_not_copied_and_bools_are_labels():
     y = np.array([0, 1, 1])
     assert np.shares_memory(check_targets(y, 3, 2, "labels"), y)
@@ -200,7 +206,7 @@ def test_labels_int64_are_not_copied_and_bools_are_labels():
         (["a", "b", "c"], r"y holds text.*encode_labels\(y\)"),
         (np.array([0, None, 1]), r"y holds text or mixed types \(dtype object\)"),
         (np.zeros(3, complex), r"y has dtype complex128"),
-        ([[0], [1, 2], [3]], "y is ragged"),
+        ([[0], [1, 2], [3]], "y cannot be made an array: row 0 has 1 values, row 1 has 2"),
     ],
 )
 def test_wrong_labels(y, message):
@@ -313,6 +319,7 @@ def test_an_unknown_kind_is_our_own_bug():
         (np.array([7, -1, 7], dtype=">i2"), [-1, 7], [1, 0, 1]),
         (np.array([3, 1], dtype=object), [1, 3], [1, 0]),
         ([3.0, 1.0], [1, 3], [1, 0]),
+        (np.array([3.0, 1.0], dtype=np.float16), [1, 3], [1, 0]),
         ([0.5, 0.25], [0.25, 0.5], [1, 0]),
     ],
 )

@@ -209,6 +209,7 @@ def test_npz_regression(tmp_path):
         ({"X": np.ones((2, 2)), "y": [0, 1], "X_test": np.ones((1, 2))}, "x_test and y_test go together"),
         ({"X": np.ones((2, 2)), "y": [0, 1, 1]}, r"y has shape \(3,\), X has 2 rows"),
         ({"X": np.ones((2, 2)), "y": 1}, r"y has shape \(\), X has 2 rows"),
+        ({"X": np.ones((2, 2)), "y": np.ones((2, 0))}, r"y has shape \(2, 0\); expected \(2, 1\)"),
         ({"X": np.ones((2, 2)), "y": [0.5, np.nan]}, r"y\[1\] is nan"),
         ({"X": [[1.0, np.inf]], "y": [0.5]}, r"X\[0, 1\] is inf"),
         ({"X": np.ones(2), "y": [0, 1]}, "X is one-dimensional"),
@@ -313,9 +314,8 @@ def test_csv_task(tmp_path, cells, task, expected, classes):
     if classes is None:
         assert data.y.ravel().tolist() == [float(cell) for cell in cells]
     else:
-        assert [str(data.classes[label]) for label in data.y] == [
-            str(type(classes[0])(cell)) if not isinstance(classes[0], int) else str(int(float(cell))) for cell in cells
-        ]
+        kind = str if isinstance(classes[0], str) else float
+        assert [kind(name) for name in data.classes[data.y].tolist()] == [kind(cell) for cell in cells]
 
 
 def test_infer_task():

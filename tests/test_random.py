@@ -76,9 +76,11 @@ def test_results_are_fixed():
     s = {"seed": 1, "purpose": Purpose.WEIGHTS}
     assert random.words(2, **s).tolist() == philox([1, 0, 0, 0], [1, 1])[:2]
     assert random.permutation(6, seed=1).tolist() == np.argsort(random.words(6, seed=1, purpose=2)).tolist()
-    assert random.permutation(6, seed=1).tolist() == PERMUTATION
-    assert random.integers(6, 0, 100, **s).tolist() == INTEGERS
-    np.testing.assert_allclose(random.normal(3, **s), NORMAL, rtol=1e-12)
+    assert random.permutation(6, seed=1).tolist() == [4, 2, 0, 1, 5, 3]
+    assert random.integers(6, 0, 100, **s).tolist() == [21, 7, 28, 98, 30, 94]
+    np.testing.assert_allclose(
+        random.normal(3, **s), [2.2634107731043493, -0.23125605586529766, -0.10618331944830484], rtol=1e-12
+    )
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,13 @@ def test_dropout_keeps_the_lanes_that_reach_the_threshold(dtype, shape, rate):
     np.testing.assert_array_equal(out.ravel(), np.array(expected, dtype))
 
 
+def test_a_lane_equal_to_the_threshold_is_kept():
+    lanes = lanes_of({**DROPOUT, "purpose": Purpose.DROPOUT}, 5)
+    for e, lane in enumerate(lanes):
+        assert random.dropout_scale(np.empty(5), lane / 2**32, **DROPOUT)[e] > 0
+        assert random.dropout_scale(np.empty(5), (lane + 1) / 2**32, **DROPOUT)[e] == 0
+
+
 def test_dropout_at_rate_zero_keeps_everything():
     np.testing.assert_array_equal(random.dropout_scale(np.empty(1001, np.float32), 0.0, **DROPOUT), 1.0)
 
@@ -235,7 +244,11 @@ def test_seeds_that_are_allowed(seed):
 
 @pytest.mark.parametrize("seed", [-1, 2**64, np.int64(-3)])
 def test_seeds_out_of_range(seed):
-    for refuse in (random.check_seed, lambda s: random.words(1, seed=s, purpose=1), lambda s: random.permutation(3, seed=s)):
+    for refuse in (
+        random.check_seed,
+        lambda s: random.words(1, seed=s, purpose=1),
+        lambda s: random.permutation(3, seed=s),
+    ):
         with pytest.raises(ValueError, match=rf"seed={seed} must be at least 0 and below 2\*\*64"):
             refuse(seed)
 
@@ -256,9 +269,9 @@ def test_the_other_words_are_checked_too(word):
 
 
 def test_a_negative_count_is_refused():
-    for draw in (random.words, random.uniform, random.normal):
-        with pytest.raises(ValueError, match="n=-2 must be at least 0"):
-            draw(-2, **STREAM)
+    for draw in (random.words, random.uniform, random.normal, lambda n, **s: random.integers(n, 0, 2, **s)):
+        with pytest.raises(ValueError, match="n=-1 must be at least 0"):
+            draw(-1, **STREAM)
 
 
 # --- state and threads ------------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def test_input_is_untouched_and_memory_small():
 @pytest.mark.parametrize(
     "X, rows, mode, message",
     [
+        (np.array([[1.0, 1e39], [2.0, 1e39]]), None, "columns", "column 1 of X has a mean or deviation beyond float32"),
+        (np.array([[1.0, 1e300], [2.0, -1e300]]), None, "global", "column 1 of X has a mean or deviation beyond"),
         (np.ones((3, 2)), None, "rows", "mode is 'rows'; it must be 'columns' or 'global'"),
         (np.ones(3), None, "columns", r"X has shape \(3,\); expected \(samples, features\)"),
         (np.ones((3, 0)), None, "columns", r"X has shape \(3, 0\)"),

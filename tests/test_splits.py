@@ -56,7 +56,7 @@ def test_stratified_split_picks_different_rows_for_different_seeds():
 
 
 def test_every_row_is_held_out_about_equally_often():
-    held = np.zeros(68)
+    held = np.zeros(68)  # times that each row was held out
     for seed in range(400):
         held[split_indices(68, 0.25, seed=seed, stratify=LABELS)[1]] += 1
     share = held / 400
@@ -138,6 +138,11 @@ def test_batches_follow_the_order_of_the_trainer():
 def test_batch_dtype(given, expected, shuffle):
     (rows,) = batches(np.ones((3, 2), dtype=given), batch_size=5, shuffle=shuffle)
     assert rows.dtype == np.dtype(expected) and rows.shape == (3, 2)
+
+
+def test_batches_of_lists():
+    ((rows, labels),) = batches([[1, 2], [3, 4]], ["a", "b"], batch_size=2, shuffle=False)
+    assert rows.tolist() == [[1, 2], [3, 4]] and labels.tolist() == ["a", "b"]
 
 
 def test_batches_in_the_given_order_and_without_the_rest():

@@ -1,11 +1,11 @@
 """Data: readers, checks, scaling, splits and built-in sets."""
 
-from gpumlp.data.checks import check_sample_weight, check_targets, check_X, encode_labels
-from gpumlp.data.dataset import Dataset
-from gpumlp.data.idx import read_idx
-from gpumlp.data.readers import load, read_rows
-from gpumlp.data.scaling import standardization
-from gpumlp.data.splits import batches, kfold_indices, split_indices
+from .checks import check_sample_weight, check_targets, check_X, encode_labels
+from .dataset import Dataset
+from .idx import read_idx
+from .readers import load, read_rows
+from .scaling import standardization
+from .splits import batches, kfold_indices, split_indices
 
 __all__ = [
     "Dataset",

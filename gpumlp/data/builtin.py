@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpumlp.data.checks import check_integer, check_number
-from gpumlp.data.dataset import Dataset
-from gpumlp.data.splits import split_indices
-from gpumlp.random import Purpose, generator
+from ..random import Purpose, generator
+from .checks import check_integer, check_number
+from .dataset import Dataset
+from .splits import split_indices
 
 TEST_FRACTION = 0.2
 

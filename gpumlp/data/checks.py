@@ -209,7 +209,7 @@ def _class_values(y: Any, name: str) -> np.ndarray:
         if bad.any():
             row = int(np.argmax(bad))
             raise ValueError(f"{name}[{row}] is {array[row]}; drop rows whose class is missing")
-        if (array == np.floor(array)).all() and np.abs(array).max() < 2**53:
+        if (array == np.floor(array)).all() and float(np.abs(array).max()) < 2**53:
             array = array.astype(np.int64)
     return array
 
@@ -270,7 +270,7 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} is ragged: {_ragged_row(value) or error}") from None
+        raise ValueError(f"{name} cannot be made an array: {_ragged_row(value) or error}") from None
     if array.ndim == 0:
         raise TypeError(f"{name} is a single {type(value).__name__}; expected an array or nested lists of numbers")
     return array
@@ -310,8 +310,7 @@ def _native(array: np.ndarray) -> np.ndarray:
 def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool = False) -> None:
     """Raise unless every value of a matrix is finite and stays so in `dtype`.
 
-    The extremes of a block tell all in one comparison, since they are NaN where a value is: no mask of the block's
-        size.
+    The extremes of a block tell all, since they are NaN where a value is; a mask would cost memory and time.
     """
     if array.dtype.kind != "f":
         return

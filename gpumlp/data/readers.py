@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gpumlp.data.builtin import BUILTIN
-from gpumlp.data.checks import check_targets, check_X, encode_labels
-from gpumlp.data.dataset import Dataset
-from gpumlp.data.idx import find_part, is_idx_name, read_images, read_part
-from gpumlp.data.table import is_number, parse_numbers, read_header, read_table
+from .builtin import BUILTIN
+from .checks import check_targets, check_X, encode_labels
+from .dataset import Dataset
+from .idx import find_part, is_idx_name, read_images, read_part
+from .table import is_number, parse_numbers, read_header, read_table
 
 MAX_CLASSES = 20  # whole numbers with more different values than this are quantities rather than classes
 TASKS = ("classification", "regression")
@@ -83,7 +83,8 @@ def read_rows(
     if path.name.lower().endswith(CSV_ENDINGS):
         header = read_header(path)
         names = header if feature_names is None else list(feature_names)
-        missing = [name for name in names if name not in header]
+        known = set(header)
+        missing = [name for name in names if name not in known]
         if missing:
             raise ValueError(f"{path} lacks the features {_listed(missing)}; its columns are {_listed(header)}")
         return read_table(path, names).numbers, names
@@ -222,7 +223,7 @@ def _targets(
     task = task or infer_task(y)
     if task == "classification":
         return task, *encode_labels(y, classes, name)
-    n_outputs = 1 if y.ndim == 1 else y.shape[1]
+    n_outputs = y.shape[1] or 1 if y.ndim > 1 else 1
     return task, check_targets(y, n, n_outputs, "values", name), None
 
 

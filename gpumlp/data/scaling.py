@@ -1,8 +1,10 @@
 """Standardisation: features with mean 0 and standard deviation 1."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from gpumlp.data.checks import BLOCK_BYTES
+from .checks import BLOCK_BYTES
 
 CONSTANT = 1e-7  # a column whose deviation is below this part of its mean is rounding noise of float32, not information
 TINY = float(np.finfo(np.float32).tiny)  # below this 1/std overflows float32
@@ -28,7 +30,8 @@ def standardization(
     Returns: shift and scale, each (n_features,) float32. They are computed in float64 with two passes over blocks of
         rows: about 2 MB of temporaries whatever the size of X.
 
-    Raises: ValueError for an unknown mode, for X that is not two-dimensional and for no rows.
+    Raises: ValueError for an unknown mode, for X that is not two-dimensional, for no rows, and for
+        columns whose mean or deviation float32 cannot hold.
 
     Source: two-pass variance with compensation, Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample
         Variance", The American Statistician 37, equation 1.7.
@@ -44,17 +47,11 @@ def standardization(
     if n == 0:
         raise ValueError("there are no rows to take mean and deviation from; at least one is needed")
 
-    mean, total = np.zeros(X.shape[1]), np.zeros(X.shape[1])
-    for block in _blocks(X, rows):
-        mean += np.ones(len(block)) @ block  # (features,): BLAS sums columns faster than block.sum(axis=0)
-    mean /= n
-    squares = np.zeros(X.shape[1])
-    for block in _blocks(X, rows):
-        block -= mean
-        total += np.ones(len(block)) @ block
-        squares += np.einsum("ij,ij->j", block, block)
-    variance = np.maximum(squares - total**2 / n, 0.0) / n  # the total would be 0 without rounding
-    mean += total / n
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 there is an error below
+        mean, variance = _mean_and_variance(X, rows, n)
+    beyond = ~(np.maximum(np.abs(mean), np.sqrt(variance)) <= np.finfo(np.float32).max)
+    if beyond.any():
+        raise ValueError(f"column {np.argmax(beyond)} of X has a mean or deviation beyond float32; scale it first")
     first = X[0 if rows is None else rows[0]].astype(np.float64)
 
     if mode == "global":
@@ -69,7 +66,21 @@ def standardization(
     return shift.astype(np.float32), (1.0 / std).astype(np.float32)
 
 
-def _blocks(X: np.ndarray, rows: np.ndarray | None):
+def _mean_and_variance(X: np.ndarray, rows: np.ndarray | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return both of each column of the n chosen rows, (n_features,) float64."""
+    mean, total, squares = np.zeros((3, X.shape[1]))
+    for block in _blocks(X, rows):
+        mean += np.ones(len(block)) @ block  # (features,): BLAS sums columns faster than block.sum(axis=0)
+    mean /= n
+    for block in _blocks(X, rows):
+        block -= mean
+        total += np.ones(len(block)) @ block
+        squares += np.einsum("ij,ij->j", block, block)
+    variance = np.maximum(squares - total**2 / n, 0.0) / n  # the total would be 0 without rounding
+    return mean + total / n, variance
+
+
+def _blocks(X: np.ndarray, rows: np.ndarray | None) -> Iterator[np.ndarray]:
     """Yield the chosen rows as fresh float64 blocks."""
     n = len(X) if rows is None else len(rows)
     step = max(1, BLOCK_BYTES // (8 * X.shape[1]))

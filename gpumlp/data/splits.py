@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gpumlp.data.checks import check_integer, check_number
-from gpumlp.random import Purpose, permutation
+from ..random import Purpose, permutation
+from .checks import check_integer, check_number
 
 
 def split_indices(
@@ -50,8 +50,7 @@ def kfold_indices(
     """Return `folds` pairs (train, held_out) in which every row is held out once.
 
     Rows are dealt out like cards, class after class: fold sizes differ by at most one row, and with `stratify` so do
-        the
-    counts of each class. A class with a single row is missing from the training rows of the fold that holds it out.
+    the counts of each class. A class with a single row is missing from the training rows of the fold that holds it out.
 
     Arguments: as `split_indices`; folds from 2 to n.
 
@@ -90,15 +89,19 @@ def _allocate(counts: np.ndarray, held: int) -> np.ndarray:
             "use a smaller fraction, more rows or stratify=None"
         )
     shares = counts * held // n  # in integers: remainders must compare exactly
-    for _ in range(held - int(shares.sum())):
-        remainders = np.where(shares < counts - 1, counts * held - shares * n, -n * n)
-        shares[np.argmax(remainders)] += 1
+    left = held - int(shares.sum())
+    while left:  # once, unless classes with one row to keep have no room
+        room = np.flatnonzero(shares < counts - 1)
+        remainders = counts[room] * held - shares[room] * n
+        chosen = room[np.argsort(-remainders, kind="stable")[:left]]
+        shares[chosen] += 1
+        left -= len(chosen)
     return shares
 
 
 def batches(
-    X: np.ndarray,
-    y: np.ndarray | None = None,
+    X: ArrayLike,
+    y: ArrayLike | None = None,
     *,
     batch_size: int,
     seed: int = 0,
@@ -121,6 +124,7 @@ def batches(
         ValueError for different lengths of X and y.
     """
     batch_size = check_integer(batch_size, "batch_size", 1)
+    X, y = np.asarray(X), None if y is None else np.asarray(y)
     n = len(X)
     if y is not None and len(y) != n:
         raise ValueError(f"y has {len(y)} rows, X has {n}; they must have the same number")

@@ -2,14 +2,16 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpumlp.data.compressed import DAMAGED, open_bytes
+from .compressed import DAMAGED, open_bytes
 
 BLOCK_CELLS = 1 << 18  # cells held as text at a time
 
@@ -45,9 +47,9 @@ def read_header(path: Path) -> list[str]:
         raise ValueError(
             f"{path}: column {header.index('') + 1} has no name in the header (pandas: to_csv(..., index=False))"
         )
-    repeated = next((name for name in header if header.count(name) > 1), None)
-    if repeated is not None:
-        raise ValueError(f'{path}: column "{repeated}" appears twice in the header')
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise ValueError(f'{path}: column "{repeated[0]}" appears twice in the header')
     return header
 
 
@@ -130,7 +132,7 @@ def _blocks(path: Path, width: int) -> Iterator[tuple[list[list[str]], list[int]
 
 
 @contextmanager
-def _reader(path: Path):
+def _reader(path: Path) -> Iterator[Any]:
     """A csv.reader of the file, whose faults become ValueErrors that name the file."""
     # utf-8-sig drops the mark that Excel writes; newline="" leaves line breaks within quotes to csv
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as lines:

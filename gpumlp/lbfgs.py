@@ -35,9 +35,9 @@ def iterate(
 
     def objective() -> tuple[Any, np.ndarray, np.ndarray]:
         loss = evaluate()
-        for decayed, w, g, _, scratch, _, l1, l2, shrink in bound.blocks(slice(0, models)):
-            if decayed:
-                bound.regularise(w, g, scratch, l1, l2, shrink)
+        for _, penalties in bound.blocks(slice(0, models)):
+            if penalties is not None:
+                bound.regularise(*penalties)
         return loss, np.asarray(loss, np.float64).reshape(-1) + bound.penalty(), network.flat_gradient.copy()
 
     if same_data and bound.t.any():

@@ -103,9 +103,9 @@ def softmax_cross_entropy(z, y, dz, label_smoothing=0.0):
     Through the log-sum-exp of z less its largest value (Szegedy et al. 2016, section 7, for the smoothing).
     """
     models, batch, outputs = z.shape
-    np.subtract(z, z.max(axis=-1, keepdims=True), out=dz)
-    dz -= np.log(np.exp(dz).sum(axis=-1, keepdims=True))  # log-probabilities
-    if np.ndim(label_smoothing) or label_smoothing or y.ndim == 3:
+    np.subtract(z, np.maximum.reduce(z, axis=-1, keepdims=True), out=dz)
+    dz -= np.log(np.add.reduce(np.exp(dz), axis=-1, keepdims=True))  # log-probabilities
+    if y.ndim == 3 or isinstance(label_smoothing, np.ndarray) or label_smoothing:
         t = y if y.ndim == 3 else np.eye(outputs, dtype=z.dtype)[y]
         smoothing = per_model(label_smoothing, z)
         t = t * (1 - smoothing) + smoothing / outputs
@@ -184,8 +184,9 @@ def weighted_mean(rows: np.ndarray, weight: np.ndarray | None, dz: np.ndarray) -
     loss = Σ w l / Σ w and dz ← dz w / Σ w. A batch whose weights are all zero has loss 0 and gradient 0.
     """
     if weight is None:
-        dz *= 1.0 / rows.shape[1]
-        return rows.mean(axis=1, dtype=np.float64)
+        share = 1.0 / rows.shape[1]
+        dz *= share
+        return np.add.reduce(rows, axis=1, dtype=np.float64) * share
     total = weight.sum(axis=1, dtype=np.float64, keepdims=True)
     share = (weight / np.where(total > 0, total, 1.0)).astype(dz.dtype)
     dz *= share[..., None]
@@ -230,7 +231,7 @@ class Loss:
             if option not in self.row.options:
                 allowed = ", ".join(self.row.options) or "none"
                 raise ValueError(f"loss {self.row.name!r} has no option {option!r}; its options: {allowed}")
-        self.options = {k: v for k, v in (self.row.options | options).items()}
+        self.options = {k: np.asarray(v, np.float64) if np.ndim(v) else v for k, v in (self.row.options | options).items()}
         self._check_options()
         if class_weight is not None and self.row.targets not in ("labels or probabilities", "binary"):
             raise ValueError(f"class_weight needs a loss over labels; {self.row.name!r} takes {self.row.targets}")

@@ -98,6 +98,9 @@ class Network:
         self.seeds, self.streams = self._seeds(seed)
         self.steps = np.zeros(self.models, np.int64)  # updates made to each model
         self.places = arrange(*_graph(architecture, n_features, input_dropout), self.models)
+        self._limits = [
+            (f"{p.name}.W", p.layer.max_norm) for p in self.places if p.is_dense and p.layer.max_norm is not None
+        ]
         self.n_features, self.n_outputs = self.places[0].units, self.places[-1].units
         self._allocate()
         self.initialize()
@@ -222,9 +225,8 @@ class Network:
     def after_update(self, models: slice) -> None:
         """Count an update of ``models`` and hold their weights within the layers' largest norms."""
         self.steps[models] += 1
-        for place in self.places:
-            if place.is_dense and place.layer.max_norm is not None:
-                self.backend.limit_norms(self.parameters[f"{place.name}.W"][models], place.layer.max_norm)
+        for name, max_norm in self._limits:
+            self.backend.limit_norms(self.parameters[name][models], max_norm)
 
     # --- standardisation
 

@@ -141,12 +141,14 @@ class _Bound:
         self._blocks: dict[tuple[int, int], list] = {}
         self._cuts: dict[tuple[int, int], Optimizer] = {}
         n = len(optimizer.coefficients(1, 1.0)) if not optimizer.full_batch else 0
-        self.c = np.empty((n, models, 1), dtype)  # the coefficients of this step
+        self.c = np.empty((n, models), dtype)  # the coefficients of this step
         self.shrink = np.ones((models, 1), dtype)  # 1 - learning_rate weight_decay
         column = lambda value: np.broadcast_to(np.asarray(value, dtype).reshape(-1, 1), (models, 1))  # noqa: E731
         self.l1, self.l2 = column(optimizer.l1), column(optimizer.l2)
         self.has_l1, self.has_l2 = bool(self.l1.any()), bool(self.l2.any())
         self.has_decay = bool(np.any(optimizer.weight_decay))
+        self.regularises = self.has_l1 or self.has_l2 or self.has_decay
+        self.clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
 
     def step(self, models: slice, learning_rate: Any) -> None:
         """One update of the models in ``models``; the others stay as they are."""
@@ -155,15 +157,20 @@ class _Bound:
         rate, t = _of(learning_rate, models), self.t[models]
         first = int(t[0])
         t = first if len(t) == 1 or (t == first).all() else t
-        for c, value in zip(self.c, self.cut(models).coefficients(t, rate), strict=True):
-            c[models, 0] = value
-        self.clip(models)
+        coefficients = self.cut(models).coefficients(t, rate)
+        if self.network.models == 1:
+            self.c[:, 0] = coefficients
+        else:
+            for c, value in zip(self.c, coefficients, strict=True):
+                c[models] = value
+        if self.clips:
+            self.clip(models)
         if self.has_decay:
             self.shrink[models, 0] = 1 - rate * np.asarray(_of(o.weight_decay, models))
-        for decayed, w, g, states, scratch, c, l1, l2, shrink in self.blocks(models):
-            if decayed:
-                self.regularise(w, g, scratch, l1, l2, shrink)
-            o.update(w, g, *states, scratch, *c)
+        for arrays, penalties in self.blocks(models):
+            if penalties is not None:
+                self.regularise(*penalties)
+            o.update(*arrays)
 
     def cut(self, models: slice) -> Optimizer:
         """The optimizer with its per-model hyper-parameters cut to ``models``; itself where all are numbers."""
@@ -213,21 +220,24 @@ class _Bound:
 
     def _parts(self, models: slice):
         n = self.network
-        for decayed, start, stop in ((True, 0, n.n_weights), (False, n.n_weights, n.flat.shape[1])):
+        size, n_weights = n.flat.shape[1], n.n_weights if self.regularises else 0
+        for is_weights, start, stop in ((True, 0, n_weights), (False, n_weights, size)):
             if start == stop:
                 continue
             rows = max(1, BLOCK // (stop - start))
             width = min(BLOCK, stop - start)
             for row in range(models.start, models.stop, rows):
                 for column in range(start, stop, width):
-                    yield decayed, slice(row, min(row + rows, models.stop)), slice(column, min(column + width, stop))
+                    yield is_weights, slice(row, min(row + rows, models.stop)), slice(column, min(column + width, stop))
 
-    def _block(self, decayed: bool, rows: slice, columns: slice) -> tuple:
+    def _block(self, is_weights: bool, rows: slice, columns: slice) -> tuple:
+        """The arguments of ``update`` and, for weights that are regularised, of ``regularise``."""
         n = self.network
         w, g = n.flat[rows, columns], n.flat_gradient[rows, columns]
-        states = [state[rows, columns] for state in self.states.values()]
+        states = [state[rows, columns] for state in self.states.values() if state.shape == n.flat.shape]
         scratch = self.scratch[: w.size].reshape(w.shape)
-        return decayed, w, g, states, scratch, [c[rows] for c in self.c], self.l1[rows], self.l2[rows], self.shrink[rows]
+        penalties = (w, g, scratch, self.l1[rows], self.l2[rows], self.shrink[rows]) if is_weights else None
+        return (w, g, *states, scratch, *self.c[:, rows, None]), penalties
 
 
 def _of(value: Any, models: slice) -> Any:

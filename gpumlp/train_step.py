@@ -7,6 +7,7 @@ may differ in number: the last batches of an epoch then are shorter for some mod
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,8 @@ class TrainStep:
         self._full_steps = int(self.counts.min() // self.batch_size)  # steps in which every model has a full batch
         self._parts: dict[tuple, tuple[Workspace, Batch]] = {}
         self._batch = self._buffers()
-        self.loss_sum, self.weight_sum = np.zeros(network.models), np.zeros(network.models)  # over the epoch so far
+        self.sums = np.zeros((2, network.models))  # of weighted losses and of weights, over the epoch so far
+        self.diverged = np.zeros(network.models, bool)  # models whose loss was not finite; retire clears them
         for i in range(len(self.order)):
             self.order[i, : self.counts[i]] = self.rows[i]
 
@@ -69,7 +71,7 @@ class TrainStep:
 
     def begin_epoch(self, epoch: int) -> None:
         """Order the rows for ``epoch``: a function of seed and epoch alone."""
-        self.loss_sum[...], self.weight_sum[...] = 0.0, 0.0
+        self.sums[...] = 0.0
         if self.shuffle:
             for i, (order, rows, count) in enumerate(zip(self.order, self.rows, self.counts, strict=False)):
                 seed, stream = int(self.network.seeds[i]), int(self.network.streams[i])
@@ -77,7 +79,8 @@ class TrainStep:
 
     def epoch_loss(self) -> np.ndarray:
         """Mean loss of each model over the epoch so far, (models,); NaN before its first step."""
-        return np.divide(self.loss_sum, self.weight_sum, out=np.full_like(self.loss_sum, np.nan), where=self.weight_sum > 0)
+        loss, weight = self.sums
+        return np.divide(loss, weight, out=np.full_like(loss, np.nan), where=weight > 0)
 
     # --- a step
 
@@ -98,8 +101,13 @@ class TrainStep:
 
     def _step(self, position: int, models: slice, n: int, learning_rate: Any) -> np.ndarray:
         loss = self._gradient(position, models, n)
-        finite = np.isfinite(loss)
-        for part in [models] if finite.all() else _single(models, finite):
+        if isfinite(np.add.reduce(loss)):
+            parts = [models]
+        else:
+            finite = np.isfinite(loss)
+            self.diverged[models] |= ~finite
+            parts = _single(models, finite)
+        for part in parts:
             self.backend.update(self.bound, part, learning_rate)
             self.network.after_update(part)
         return loss
@@ -116,8 +124,8 @@ class TrainStep:
         loss = self.backend.loss(self.loss, z, batch.targets, batch.weights, workspace.dz)
         workspace.backward()
         weight = n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
-        self.loss_sum[models] += loss * weight
-        self.weight_sum[models] += weight
+        self.sums[0, models] += loss * weight
+        self.sums[1, models] += weight
         return loss
 
     def _augment(self, workspace: Workspace, batch: Batch) -> None:
@@ -133,7 +141,7 @@ class TrainStep:
         groups = self._groups(0)
 
         def evaluate() -> np.ndarray:
-            self.loss_sum[...], self.weight_sum[...] = 0.0, 0.0
+            self.sums[...] = 0.0
             losses = np.zeros(self.network.models)
             for models, n in groups:
                 losses[models] = self._gradient(0, models, n)
@@ -142,7 +150,8 @@ class TrainStep:
         repeats = not self.augment and not any(place.dropout.any() for place in self.network.places)
         losses = iterate(self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=repeats)
         losses = np.atleast_1d(losses)
-        self.loss_sum[...], self.weight_sum[...] = losses, 1.0
+        self.sums[...] = losses, np.ones_like(losses)
+        self.diverged |= self.active & ~np.isfinite(losses)
         for models, _ in groups:
             self.network.after_update(models)
         return losses
@@ -152,6 +161,7 @@ class TrainStep:
     def retire(self, models: np.ndarray) -> None:
         """Train the models of the mask no further in this fit."""
         self.active &= ~models
+        self.diverged[...] = False
         if not self.active.all():
             self._full_steps = 0
 

@@ -152,7 +152,8 @@ class Trainer:
                     while self.position < step.steps_per_epoch and self.stopped == "epochs":
                         loss = step.run(self.position, rates[self.position])
                         self.position += 1
-                        self._check_finite(loss, rates[self.position - 1])
+                        if step.diverged.any():
+                            self._diverged(step, loss, rates[self.position - 1])
                         for observe in on_step:
                             observe(self, loss)
                         if interrupted():
@@ -201,7 +202,7 @@ class Trainer:
         if epochs < self.epochs_done:
             raise ValueError(f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too")
         step.begin_epoch(self.epoch)
-        step.loss_sum[...], step.weight_sum[...] = arrays["loss_sum"], arrays["weight_sum"]
+        step.sums[...] = arrays["sums"]
         step.active[...] = arrays["active"]
         step.retire(~step.active)
         self.resumed = True
@@ -238,12 +239,9 @@ class Trainer:
             return [float(rate[0]) if rate.shape == (1,) else rate] * n
         return [*(base * factors[:, None])] if base.ndim else (base * factors).tolist()
 
-    def _check_finite(self, loss: np.ndarray, rate: Any) -> None:
-        step = self._step
-        assert step is not None
-        bad = step.active & ~np.isfinite(loss) & (step.counts > (self.position - 1) * step.batch_size)
-        if not bad.any():
-            return
+    def _diverged(self, step: TrainStep, loss: np.ndarray, rate: Any) -> None:
+        """Stop training the models whose loss is not finite; an error where none is left."""
+        bad = step.diverged.copy()
         where = f"at step {self.position} of epoch {self.epochs_done + 1}"
         advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
         if (bad | ~step.active).all():

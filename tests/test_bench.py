@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ def bench(monkeypatch):
     import peers
     import train_step
 
-    monkeypatch.delitem(sys.modules, "peers")
-    monkeypatch.delitem(sys.modules, "train_step")
     monkeypatch.setitem(train_step.CONFIGS, "small", train_step.Config((5, 7, 6, 3), 4))
     return train_step, peers
 

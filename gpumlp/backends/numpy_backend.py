@@ -38,13 +38,13 @@ class NumpyBackend:
     def gather(self, batch: Batch, rows: np.ndarray) -> None:
         # mode="clip" spares the check of every index, which takes two thirds of the time; our rows are in range.
         if batch.raw is None:
-            np.take(batch.X, rows, axis=0, out=batch.x, mode="clip")
+            batch.X.take(rows, axis=0, out=batch.x, mode="clip")
         else:
-            np.take(batch.X, rows, axis=0, out=batch.raw, mode="clip")
+            batch.X.take(rows, axis=0, out=batch.raw, mode="clip")
             np.copyto(batch.x, batch.raw, casting="unsafe")
-        np.take(batch.y, rows, axis=0, out=batch.targets, mode="clip")
+        batch.y.take(rows, axis=0, out=batch.targets, mode="clip")
         if batch.weight is not None:
-            np.take(batch.weight, rows, axis=0, out=batch.weights, mode="clip")
+            batch.weight.take(rows, axis=0, out=batch.weights, mode="clip")
         self.standardize(batch.x, batch.shift, batch.scale)
         self.standardize(batch.targets, batch.target_shift, batch.target_scale)
 

@@ -3,6 +3,7 @@
 Public is what this module lists; each name's home has the details.
 """
 
+from . import plots  # matplotlib is imported when a picture is drawn
 from .activations import Activation
 from .augment import GaussianNoise, Mixup, RandomShift
 from .callbacks import Callback, CSVLogger, EarlyStopping, ProgressBar, TensorBoard
@@ -54,4 +55,5 @@ __all__ = [
     "Trainer",
     "batches",
     "load",
+    "plots",
 ]

@@ -74,10 +74,12 @@ class RandomShift:
     before_scaling = True
 
     def __post_init__(self) -> None:
-        if self.pixels < 1 or len(self.image_shape) != 2 or min(self.image_shape) < 1:
+        shape = self.image_shape
+        sizes = [self.pixels, *shape] if isinstance(shape, list | tuple) and len(shape) == 2 else [None]
+        if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in sizes):
             raise ValueError(
-                f"RandomShift(pixels={self.pixels!r}, image_shape={self.image_shape!r}): pixels must be at least 1 and "
-                "image_shape two positive integers"
+                f"RandomShift(pixels={self.pixels!r}, image_shape={self.image_shape!r}): pixels must be an integer "
+                "of at least 1 and image_shape (rows, columns)"
             )
 
     def apply(self, batch: Batch, draw: Draw) -> None:

@@ -10,6 +10,7 @@ import csv
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,35 @@ class Callback:
         return {}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None: ...
+
+
+def hooks(callbacks: Sequence[Any], name: str) -> list[Any]:
+    """The methods ``name`` of the callbacks that have one of their own."""
+    methods = (getattr(callback, name, None) for callback in callbacks)
+    return [m for m in methods if m is not None and getattr(m, "__func__", None) is not getattr(Callback, name)]
+
+
+def end_all(callbacks: Sequence[Any], trainer: Trainer) -> None:
+    """Call every ``on_fit_end``, also where one fails; then raise the first error."""
+    errors = []
+    for end in hooks(callbacks, "on_fit_end"):
+        try:
+            end(trainer)
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise TypeError unless ``callbacks`` is a list of objects with methods of :class:`Callback`."""
+    if not isinstance(callbacks, list | tuple):
+        raise TypeError(f"callbacks={callbacks!r} must be a list")
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise TypeError(f"callbacks holds the class {callback.__name__}; give an object, {callback.__name__}(...)")
+        if not any(hasattr(callback, name) for name in vars(Callback) if name.startswith("on_")):
+            raise TypeError(f"callbacks holds {callback!r}, which has no method of gm.Callback, say on_epoch_end")
 
 
 class EarlyStopping(Callback):
@@ -122,7 +152,6 @@ class ProgressBar(Callback):
 
     def on_fit_begin(self, trainer: Trainer) -> None:
         if not (sys.stderr.isatty() if self.show is None else self.show):
-            self.on_step_end = None  # type: ignore[method-assign, assignment]
             return
         from tqdm import tqdm
 
@@ -133,20 +162,22 @@ class ProgressBar(Callback):
         self._shown = 0.0
 
     def on_step_end(self, trainer: Trainer, loss: np.ndarray) -> None:
+        if self.bar is None:
+            return
         self.bar.update()
         now = time.monotonic()
         if now - self._shown > 0.1:  # writing the loss costs more than a small network's step
             self._shown = now
-            self._write(trainer, np.nanmean(trainer.epoch_loss()))
+            self._write(trainer, trainer.epoch_loss())
 
     def on_epoch_end(self, trainer: Trainer, record: Record) -> None:
         if self.bar is not None:
-            self.values = {k: f"{np.mean(v):.4g}" for k, v in record.items() if k.startswith("val_")}
-            self._write(trainer, np.mean(record["loss"]))
+            self.values = {k: _shown(v) for k, v in record.items() if k.startswith("val_")}
+            self._write(trainer, record["loss"])
 
-    def _write(self, trainer: Trainer, loss: float) -> None:
+    def _write(self, trainer: Trainer, loss: Any) -> None:
         self.bar.set_description(f"epoch {min(trainer.epochs_done + 1, trainer.epochs)}/{trainer.epochs}", refresh=False)
-        self.bar.set_postfix({"loss": f"{loss:.4g}"} | self.values, refresh=True)
+        self.bar.set_postfix({"loss": _shown(loss)} | self.values, refresh=True)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if self.bar is not None:
@@ -166,15 +197,18 @@ class CSVLogger(Callback):
         self._file: Any = None
 
     def on_fit_begin(self, trainer: Trainer) -> None:
-        self._append = trainer.resumed and self.path.exists()
-        self._file = open(self.path, "a" if self._append else "w", newline="")
-        self._writer = csv.writer(self._file)
+        # A stopped run may have gone on after its state was saved: those epochs come again.
+        lines = self.path.read_text().splitlines(True) if trainer.resumed and self.path.exists() else []
+        self._file = open(self.path, "w", newline="")
+        self._file.writelines(lines[: 1 + trainer.epochs_done])
+        self._has_header = bool(lines)
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def on_epoch_end(self, trainer: Trainer, record: Record) -> None:
         flat = _one_value_each(record)
-        if not self._append:
+        if not self._has_header:
             self._writer.writerow(flat)
-            self._append = True
+            self._has_header = True
         self._writer.writerow(flat.values())
         self._file.flush()
 
@@ -188,7 +222,7 @@ class TensorBoard(Callback):
     """Scalars of each epoch for TensorBoard (the extra ``tensorboard``).
 
     Args:
-        folder: where event files go.
+        folder: where event files go, one for each fit.
 
     Raises:
         ImportError: tensorboardX is not installed.
@@ -196,10 +230,15 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            import tensorboardX
         except ImportError as error:
             raise ImportError('TensorBoard needs tensorboardX: pip install "gpumlp[tensorboard]"') from error
-        self._writer = SummaryWriter(str(folder))
+        self.folder, self._new_writer = str(folder), tensorboardX.SummaryWriter
+        self._writer: Any = None
+
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        # The library names files by the second: of two fits within one, the second would overwrite the first.
+        self._writer = self._new_writer(self.folder, filename_suffix=f".{time.time_ns()}")
 
     def on_epoch_end(self, trainer: Trainer, record: Record) -> None:
         for name, value in _one_value_each(record).items():
@@ -208,7 +247,16 @@ class TensorBoard(Callback):
         self._writer.flush()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        self._writer.flush()
+        if self._writer is not None:
+            self._writer.close()  # flush alone leaves what its thread has not taken up yet
+            self._writer = None
+
+
+def _shown(values: Any) -> str:
+    """A number, or the mean over the models that have one, in four digits."""
+    values = np.atleast_1d(values)
+    finite = values[np.isfinite(values)]
+    return f"{finite.mean() if len(finite) else values[0]:.4g}"
 
 
 def _one_value_each(record: Record) -> dict[str, Any]:

@@ -63,8 +63,14 @@ def train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from . import plots
 
         plots.require_matplotlib()
+        for path in (options.plot, options.confusion, options.boundary):
+            plots.check_path(path)
     data = load(options.data, target=options.target, task=options.task)
     is_classifier = data.task == "classification"
+    if options.confusion and not is_classifier:
+        raise ValueError("--confusion needs classes; this is a regression")
+    if options.boundary and data.X.shape[1] != 1 + is_classifier:
+        raise ValueError(f"--boundary draws two features of a classification or one of a regression, not {data.X.shape[1]}")
     X, y, X_test, y_test = data.X, data.y, data.X_test, data.y_test
     if X_test is None:
         kept, held = split_indices(len(X), options.test_share, seed=options.seed, stratify=y if is_classifier else None)
@@ -134,8 +140,6 @@ def train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         plots.learning_curves(history, options.plot)
         files["plot"] = str(options.plot)
     if options.confusion:
-        if not is_classifier:
-            raise ValueError("--confusion needs classes; this is a regression")
         plots.confusion_matrix(data.classes[y_test], network.predict(X_test), data.classes, options.confusion)
         files["confusion"] = str(options.confusion)
     if options.boundary:

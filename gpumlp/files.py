@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .activations import get_activation
+from .activations import Activation, get_activation
+from .backends import get_backend
 from .layers import Add, Concat, Dense, InputLayer
 from .losses import LOSSES, Loss
 from .network import SCALINGS, Network, arrange, connect, tensor_shapes
+from .schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 FORMAT_VERSION = "1"
-LARGEST_HEADER = 1 << 20  # bytes
+LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 LAYERS = {layer.kind: layer for layer in (InputLayer, Dense, Add, Concat)}
 
 
@@ -56,6 +58,7 @@ def load(path: Any, device: str = "auto") -> Network:
     Raises:
         FileError: the file is damaged, of another format, or of a later version.
         OSError: it cannot be read.
+        RuntimeError: a device that cannot be had.
     """
     return from_bytes(Path(path).read_bytes(), path, device)
 
@@ -68,7 +71,8 @@ def to_bytes(network: Network) -> bytes:
 
 
 def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> Network:
-    """The network that ``to_bytes`` packed. Raises FileError."""
+    """The network that ``to_bytes`` packed. Raises FileError; RuntimeError and ValueError for the device."""
+    get_backend(device)  # a device that cannot be had is no fault of the file
     config, tensors = _unpack(data, path, "model", lambda config: _model_tensors(config)[1])
 
     def build() -> Network:
@@ -112,18 +116,23 @@ def describe(network: Network) -> dict[str, Any]:
 
 def _describe_layer(place: Any) -> dict[str, Any]:
     values = {f.name: getattr(place.layer, f.name) for f in fields(place.layer)}
+    values = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
     if "activation" in values:
         activation = get_activation(values["activation"])
         try:
             known = get_activation(activation.spec)
         except ValueError:
             known = None
-        if known is None or known.f_grad is not activation.f_grad and activation.alpha is None:
+        if known is None or _functions(known) != _functions(activation):
             raise ValueError(f"activation {activation.name!r} is not in gpumlp's table: a file cannot name it")
         values |= {"activation": activation.spec, "name": place.name}
     if "dropout" in values:
         values["dropout"] = np.asarray(values["dropout"], float).tolist()
     return {"kind": place.layer.kind} | values
+
+
+def _functions(activation: Activation) -> list[Any]:
+    return [getattr(f, "func", f) for f in (activation.f, activation.f_grad)]  # rows with a parameter hold partials
 
 
 def _layer(description: dict[str, Any]) -> Any:
@@ -136,6 +145,8 @@ def _model_tensors(config: dict[str, Any]) -> tuple[list, dict[str, tuple[int, .
     reads = config["reads"]
     if any(not 0 <= j < i for i, inputs in enumerate(reads) for j in inputs) or len(reads) != len(config["layers"]):
         raise ValueError("the layers read layers that do not come before them")
+    if config["layers"][0]["kind"] != "input":
+        raise ValueError("the first layer is no input")
     models = config["models"] or 1
     places = arrange(*connect([_layer(d) for d in config["layers"]], reads), models)
     if [place.index for place in places] != list(range(len(reads))):
@@ -169,11 +180,7 @@ def save_state(trainer: Trainer, path: Any) -> None:
     for i, callback in enumerate(trainer.callbacks):
         tensors |= {f"callbacks.{i}.{name}": np.asarray(value) for name, value in _state_of(callback).items()}
     config = {
-        "network": _identity(network),
-        "loss": repr(trainer.loss),
-        "optimizer": repr(trainer.optimizer.describe()),
-        "schedule": repr(trainer.schedule) if not hasattr(trainer.schedule, "state") else type(trainer.schedule).__name__,
-        "augment": repr(trainer.augment),
+        **_settings(trainer),
         "fit": trainer.fit_facts(step),
         "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
         "epoch": trainer.epoch,
@@ -190,35 +197,54 @@ def load_state(trainer: Trainer, path: Any) -> None:
     """Take up a state; see ``Trainer.resume``."""
     config, tensors = _unpack(Path(path).read_bytes(), path, "state", None)
     network = trainer.network
-    now = {
-        "network": _identity(network),
-        "loss": repr(trainer.loss),
-        "optimizer": repr(trainer.optimizer.describe()),
-        "augment": repr(trainer.augment),
-    }
-    for name, value in now.items():
-        if config.get(name) != value:
-            raise ValueError(f"{path}: the state was saved with another {name}: {config.get(name)}; this trainer has {value}")
+    for name, now in _settings(trainer).items():
+        saved = config.get(name)
+        if saved == now:
+            continue
+        if isinstance(now, dict) and isinstance(saved, dict):
+            now = {part: value for part, value in now.items() if saved.get(part) != value}
+            saved = {part: saved.get(part) for part in now}
+        raise ValueError(f"{path}: the state was saved with another {name}: {saved}; this trainer has {now}")
 
     def take() -> None:
         bound = trainer.optimizer.bind(network)
-        for name, values in {"flat": network.flat, **network.statistics}.items():
-            values[...] = tensors[f"weights.{name}"]
+        places = {"weights.flat": network.flat, "t": bound.t, "steps": network.steps}
+        places |= {f"weights.{name}": values for name, values in network.statistics.items()}
+        states = {name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")}
+        for name, values in {**places, **{f"optimizer.{name}": values for name, values in bound.states.items()}}.items():
+            if (tensors[name].shape, tensors[name].dtype) != (values.shape, values.dtype):
+                raise FileError(path, f"its tensor {name} does not fit the network")
+        counters = {name: int(config[name]) for name in ("epoch", "position", "epochs_done")}
+        seconds, history = float(config["seconds"]), _with_nan(config["history"])
+        classes = None if config["classes"] is None else np.array(config["classes"])
+        if hasattr(trainer.schedule, "load_state"):
+            memory = {name.removeprefix("schedule."): v for name, v in tensors.items() if name.startswith("schedule.")}
+            trainer.schedule.load_state({name: v.item() if v.ndim == 0 else v for name, v in memory.items()})
+        # Nothing fails from here on: a file that does not fit has left the trainer as it was.
+        for name, values in places.items():
+            values[...] = tensors[name]
+        bound.states.update(states)
+        bound.rebuild()
         for name in SCALINGS:
             setattr(network, name, tensors.get(name))
-        bound.states.update({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
-        bound.rebuild()
-        bound.t[...], network.steps[...] = tensors["t"], tensors["steps"]
-        if hasattr(trainer.schedule, "load_state"):
-            state = {k.removeprefix("schedule."): v for k, v in tensors.items() if k.startswith("schedule.")}
-            trainer.schedule.load_state({k: v.item() if v.ndim == 0 else v for k, v in state.items()})
-        network.classes = None if config["classes"] is None else np.array(config["classes"])
-        trainer.epoch, trainer.position = int(config["epoch"]), int(config["position"])
-        trainer.epochs_done, trainer._seconds = int(config["epochs_done"]), float(config["seconds"])
-        trainer.history = _with_nan(config["history"])
+        network.classes = classes
+        vars(trainer).update(counters, _seconds=seconds, history=history)
         trainer._pending = {"facts": config, "arrays": tensors}
 
     _refusing(path, take)
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """What a trainer that takes up a state must share with the one that saved it."""
+    schedule = trainer.schedule
+    return {
+        "network": _identity(trainer.network),
+        "loss": repr(trainer.loss),
+        "optimizer": repr(trainer.optimizer.describe()),
+        # A function of your own has an address in its repr: its kind has to do.
+        "schedule": repr(schedule) if type(schedule) in SCHEDULES.values() else type(schedule).__name__,
+        "augment": repr(trainer.augment),
+    }
 
 
 def _state_of(callback: Any) -> dict[str, Any]:
@@ -250,9 +276,21 @@ def _pack(kind: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    text = json.dumps(config, sort_keys=True, allow_nan=False)
+    text = json.dumps(config, allow_nan=False)
+    if len(text) > LARGEST_HEADER // 2:  # names and quotes take some room too
+        raise ValueError(f"the {kind}'s configuration takes {len(text):,} bytes, too many for a safetensors header")
     metadata = {"format": f"gpumlp {kind}", "format_version": FORMAT_VERSION, "config": text, "sha256": _digest(text, arrays)}
-    return save(arrays, metadata=metadata)
+    return _in_order(save(arrays, metadata=metadata))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata in order, so that equal models give equal files: the library shuffles them."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _unpack(
@@ -335,6 +373,8 @@ def write_atomically(path: Any, data: bytes) -> None:
         OSError: nothing was written, or the rename failed; an earlier file stays as it was.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "xb") as file:

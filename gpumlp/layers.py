@@ -13,6 +13,7 @@ A layer is a description, so one may stand at several places; each place has wei
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +57,10 @@ class InputLayer:
     dropout: Rate = 0.0
     kind: ClassVar[str] = "input"
 
+    def __post_init__(self) -> None:
+        check_units(self.units, "n_features")
+        check_rate(self.dropout)
+
 
 def Input(n_features: int, dropout: Rate = 0.0) -> Node:
     """The node where rows of ``n_features`` numbers enter, with input dropout if asked for.
@@ -63,9 +68,7 @@ def Input(n_features: int, dropout: Rate = 0.0) -> Node:
     Raises:
         ValueError: ``n_features`` below 1 or a rate out of [0, 1).
     """
-    check_units(n_features, "n_features")
-    check_rate(dropout)
-    return Node(InputLayer(int(n_features), dropout))
+    return Node(InputLayer(n_features, dropout))
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,11 @@ class Dense(_Callable):
         get_activation(self.activation)
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is unknown; allowed: None, 'batch', 'layer'")
+        if not isinstance(self.bias, bool | None):
+            raise ValueError(f"bias={self.bias!r} must be True, False or None")
         if self.initializer is not None:
             get_initializer(self.initializer)
-        if self.max_norm is not None and not 0 < self.max_norm < np.inf:
+        if self.max_norm is not None and not (isinstance(self.max_norm, Real) and 0 < self.max_norm < np.inf):
             raise ValueError(f"max_norm={self.max_norm!r} must be a positive number or None")
 
     @property
@@ -143,7 +148,10 @@ def check_units(units: Any, name: str) -> None:
 
 
 def check_rate(rate: Any) -> None:
-    rates = np.asarray(rate, dtype=np.float64)
+    try:
+        rates = np.asarray(rate, dtype=np.float64)
+    except (TypeError, ValueError):
+        rates = np.array(np.nan)
     if rates.ndim > 1 or not ((rates >= 0) & (rates < 1)).all():
         raise ValueError(f"dropout={rate!r} must be a number in [0, 1), or one for each model")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the Wolfe conditions, as Nocedal & Wright suggest
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a trial that is too long may overflow: it is then shortened
 def iterate(
     optimizer: LBFGS,
     bound: _Bound,
@@ -33,7 +34,12 @@ def iterate(
     models = network.models
     active = np.ones(models, bool) if active is None else active
 
+    statistics = {name: values.copy() for name, values in network.statistics.items()}
+
     def objective() -> tuple[Any, np.ndarray, np.ndarray]:
+        # Every trial begins with the same running statistics: an iteration moves them once, by the step that it takes.
+        for name, values in statistics.items():
+            network.statistics[name][...] = values
         loss = evaluate()
         for _, penalties in bound.blocks(slice(0, models)):
             if penalties is not None:
@@ -51,7 +57,8 @@ def iterate(
     direction[uphill], slope[uphill] = -gradient[uphill], -_dot(gradient, gradient)[uphill]
     first = np.minimum(1.0, 1.0 / np.maximum(np.abs(gradient).sum(axis=1, dtype=np.float64), 1e-30))
     length = np.where(bound.t == 0, first, 1.0) * learning_rate
-    length[~active | (slope == 0)] = 0.0
+    still = ~active | ~(slope < 0) | ~np.isfinite(slope + value)  # at a minimum, or diverged
+    length[still], direction[still] = 0.0, 0.0
 
     def move() -> tuple[Any, np.ndarray, np.ndarray]:
         network.flat[...] = start + length[:, None].astype(start.dtype) * direction
@@ -59,21 +66,21 @@ def iterate(
 
     if optimizer.line_search:
         low, high, done = np.zeros(models), np.full(models, np.inf), length == 0
-        with np.errstate(over="ignore", invalid="ignore"):  # a trial that is too long may overflow: it is then shortened
-            for _ in range(optimizer.max_evaluations):
-                new_shown, new_value, new_gradient = move()
-                decreased = new_value <= value + SUFFICIENT_DECREASE * length * slope
-                flat_enough = _dot(new_gradient, direction) >= CURVATURE * slope
-                done |= decreased & flat_enough
-                if done.all():
-                    break
-                high = np.where(done | decreased, high, length)
-                low = np.where(done | ~decreased, low, length)
-                next_length = np.where(np.isfinite(high), 0.5 * (low + high), 2.0 * low)
-                length = np.where(done, length, next_length)
-            else:  # the longest step that was seen to decrease the loss, maybe none
-                length = np.where(done, length, low)
-                new_shown, new_value, new_gradient = move()
+        for _ in range(optimizer.max_evaluations):
+            new_shown, new_value, new_gradient = move()
+            new_slope = _dot(new_gradient, direction)
+            decreased = (new_value <= value + SUFFICIENT_DECREASE * length * slope) & np.isfinite(new_slope)
+            flat_enough = new_slope >= CURVATURE * slope
+            done |= decreased & flat_enough
+            if done.all():
+                break
+            high = np.where(done | decreased, high, length)
+            low = np.where(done | ~decreased, low, length)
+            next_length = np.where(np.isfinite(high), 0.5 * (low + high), 2.0 * low)
+            length = np.where(done, length, next_length)
+        else:  # the longest step that was seen to decrease the loss, maybe none
+            length = np.where(done, length, low)
+            new_shown, new_value, new_gradient = move()
     else:
         new_shown, new_value, new_gradient = move()
     _remember(memory, bound, network.flat - start, new_gradient - gradient)

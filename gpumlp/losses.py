@@ -23,7 +23,7 @@ import numpy as np
 
 from .activations import ACTIVATIONS
 
-LARGEST_EXPONENT = 88.0  # exp(88) is finite in float32
+LARGEST_EXPONENT = 80.0  # exp(80) = 5.5e34: float32 holds it, and a sum of 6,000 of them
 
 
 # --- the rows -----------------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def quantile(z, y, dz, quantile=0.5):
     q = np.asarray(quantile, dtype=z.dtype)
     error = y - z
     loss = np.maximum(q * error, (q - 1) * error).mean(axis=-1)
-    np.multiply(error < 0, 1 - q, out=dz)
-    dz -= q * (error > 0)  # dl/dz = -q where e > 0, 1 - q where e < 0, over outputs
+    np.sign(error, out=dz)
+    dz *= np.where(error < 0, q - 1, -q)  # dl/dz = -q where e > 0, 1 - q where e < 0, over outputs
     dz /= z.shape[-1]
     return loss
 
@@ -74,7 +74,7 @@ def quantile(z, y, dz, quantile=0.5):
 def poisson(z, y, dz):
     """l = mean over outputs of exp(z) - y z, the negative log-likelihood of a Poisson rate exp(z) less log(y!).
 
-    The exponent stops at 88, so that the loss stays a number in float32.
+    The exponent stops at 80, so that the loss stays a number in float32.
     """
     np.exp(np.minimum(z, LARGEST_EXPONENT), out=dz)
     loss = (dz - y * z).mean(axis=-1)
@@ -102,22 +102,26 @@ def softmax_cross_entropy(z, y, dz, label_smoothing=0.0):
 
     Through the log-sum-exp of z less its largest value (Szegedy et al. 2016, section 7, for the smoothing).
     """
-    models, batch, outputs = z.shape
+    outputs = z.shape[-1]
     np.subtract(z, np.maximum.reduce(z, axis=-1, keepdims=True), out=dz)
-    dz -= np.log(np.add.reduce(np.exp(dz), axis=-1, keepdims=True))  # log-probabilities
-    if y.ndim == 3 or isinstance(label_smoothing, np.ndarray) or label_smoothing:
-        t = y if y.ndim == 3 else np.eye(outputs, dtype=z.dtype)[y]
+    labels_alone = y.ndim == 2 and not (isinstance(label_smoothing, np.ndarray) or label_smoothing)
+    if labels_alone:
+        own = (np.arange(0, dz.size, outputs).reshape(dz.shape[:2]) + y).reshape(-1)  # where each sample's label stands
+        flat = dz.reshape(-1)
+        picked = flat[own].reshape(dz.shape[:2])
+    else:
         smoothing = per_model(label_smoothing, z)
+        t = y if y.ndim == 3 else np.eye(outputs, dtype=z.dtype)[y]
         t = t * (1 - smoothing) + smoothing / outputs
-        loss = -(dz * t).sum(axis=-1)
-        np.exp(dz, out=dz)
-        dz -= t  # dl/dz = softmax(z) - t
-        return loss
-    flat = dz.reshape(-1)
-    own = (np.arange(0, dz.size, outputs).reshape(models, batch) + y).reshape(-1)  # where each sample's label stands
-    loss = -flat[own].reshape(models, batch)
+        picked = (dz * t).sum(axis=-1)
     np.exp(dz, out=dz)
-    flat[own] -= 1  # dl/dz = softmax(z) - t
+    total = np.add.reduce(dz, axis=-1, keepdims=True)
+    loss = np.log(total[..., 0]) - picked
+    np.divide(dz, total, out=dz)
+    if labels_alone:
+        flat[own] -= 1  # dl/dz = softmax(z) - t
+    else:
+        dz -= t
     return loss
 
 
@@ -231,7 +235,7 @@ class Loss:
             if option not in self.row.options:
                 allowed = ", ".join(self.row.options) or "none"
                 raise ValueError(f"loss {self.row.name!r} has no option {option!r}; its options: {allowed}")
-        self.options = {k: np.asarray(v, np.float64) if np.ndim(v) else v for k, v in (self.row.options | options).items()}
+        self.options = self.row.options | options
         self._check_options()
         if class_weight is not None and self.row.targets not in ("labels or probabilities", "binary"):
             raise ValueError(f"class_weight needs a loss over labels; {self.row.name!r} takes {self.row.targets}")
@@ -239,13 +243,28 @@ class Loss:
 
     def _check_options(self) -> None:
         ranges = {"label_smoothing": (0.0, 1.0), "quantile": (0.0, 1.0), "delta": (0.0, np.inf)}
-        for option, value in self.options.items():
-            low, high = ranges.get(option, (-np.inf, np.inf))
-            numbers = np.asarray(value, dtype=np.float64)
+        for option in self.options.keys() & ranges.keys():
+            value, (low, high) = self.options[option], ranges[option]
+            try:
+                numbers = np.asarray(value, dtype=np.float64)
+            except (TypeError, ValueError):
+                numbers = np.array(np.nan)
             above = numbers >= low if option == "label_smoothing" else numbers > low
             if not (np.isfinite(numbers) & above & (numbers < high)).all():
                 bracket = "[" if option == "label_smoothing" else "("
                 raise ValueError(f"{option}={value!r} is out of range: it must lie in {bracket}{low:g}, {high:g})")
+            if numbers.ndim > (option != "delta"):
+                allowed = "one number" if option == "delta" else "one number, or a list of them"
+                raise ValueError(f"{option}={value!r} must be {allowed}")
+            self.options[option] = numbers if numbers.ndim else float(numbers)
+
+    def check_fits(self, models: int, outputs: int) -> None:
+        """Raises ValueError where an option has another number of values than there are models (quantile: outputs)."""
+        for option, value in self.options.items():
+            n, what = (outputs, "output") if option == "quantile" else (models, "model")
+            if np.ndim(value) and len(value) != n:
+                plural = what if n == 1 else f"{what}s"
+                raise ValueError(f"{option} has {len(value)} values for {n} {plural}; give one number, or one for each")
 
     @property
     def name(self) -> str:
@@ -278,7 +297,7 @@ class Loss:
             for label, weight in self.class_weight.items():
                 if label not in range(n_classes):
                     raise ValueError(f"class_weight names label {label!r}; labels are 0 to {n_classes - 1}")
-                weights[label] = weight
+                weights[int(label)] = weight  # True would be a mask
         else:
             weights = np.asarray(self.class_weight, dtype=np.float64)
             if weights.shape != (n_classes,):
@@ -305,20 +324,28 @@ class Loss:
         from .data.checks import check_sample_weight, check_targets
 
         logits = np.asarray(logits)
+        logits = logits if logits.dtype.kind == "f" else logits.astype(np.float64)
         z = logits if logits.ndim == 3 else logits[None]
         if z.ndim != 3:
             raise ValueError(f"logits have shape {logits.shape}; expected (batch, outputs) or (models, batch, outputs)")
         models, batch, outputs = z.shape
+        self.check_fits(models, outputs)
         y = np.asarray(y)
-        per_model_y = models > 1 and y.ndim >= 2 and y.shape[:2] == (models, batch)
+        # Where (batch, outputs) and (models, batch) are one shape, y is targets that all models share.
+        per_model_y = logits.ndim == 3 and y.shape[:2] == (models, batch) and y.shape != (batch, outputs)
         parts = [
-            check_targets(part, batch, outputs, self.row.targets, allow_one_class=True) for part in (y if per_model_y else [y])
+            check_targets(part, batch, outputs, self.row.targets, dtype=z.dtype, allow_one_class=True)
+            for part in (y if per_model_y else [y])
         ]
         stacked = np.stack(parts)
         weight = self.class_weight_of(stacked, outputs)
         if sample_weight is not None:
-            given = np.atleast_2d(np.asarray(sample_weight, dtype=np.float64))
-            given = np.stack([check_sample_weight(row, batch) for row in given])
+            given = np.asarray(sample_weight)
+            if given.ndim > 1 and (logits.ndim == 2 or given.shape != (models, batch)):
+                expected = f"({batch},)" + (f" or ({models}, {batch})" if logits.ndim == 3 else "")
+                raise ValueError(f"sample_weight has shape {given.shape}; expected {expected}")
+            rows = given if given.ndim > 1 else [given]
+            given = np.stack([check_sample_weight(row, batch, z.dtype) for row in rows])
             weight = given if weight is None else weight * given
         dz = np.empty_like(z)
         loss = weighted_mean(self.f(z, stacked, dz), weight, dz)
@@ -341,7 +368,9 @@ class Loss:
         return {"name": self.name} | changed
 
     def __repr__(self) -> str:
-        return f"Loss({', '.join([repr(self.name)] + [f'{k}={v!r}' for k, v in self.options.items()])})"
+        weight = {} if self.class_weight is None else {"class_weight": self.class_weight}
+        values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in (self.options | weight).items()}
+        return f"Loss({', '.join([repr(self.name)] + [f'{k}={v!r}' for k, v in values.items()])})"
 
 
 def get_loss(spec: str | Loss | LossRow) -> Loss:

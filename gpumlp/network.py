@@ -89,10 +89,8 @@ class Network:
         if models is not None and (isinstance(models, bool) or not isinstance(models, int | np.integer) or models < 1):
             raise ValueError(f"models={models!r} must be an integer of at least 1, or None for one network")
         self.models = 1 if models is None else int(models)
-        if np.dtype(dtype).name not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
-        self.dtype = np.dtype(dtype)
-        if standardize not in STANDARDIZE:
+        self.dtype = _dtype(dtype)
+        if not isinstance(standardize, bool | str | None) or standardize not in STANDARDIZE:
             raise ValueError(f"standardize={standardize!r} is unknown; allowed: False, True, 'columns', 'global'")
         self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
         self.seeds, self.streams = self._seeds(seed)
@@ -175,7 +173,8 @@ class Network:
 
         Args:
             X: (batch, n_features), or (models, batch, n_features) where each model of a fleet has rows of its own.
-            training: draw dropout masks and normalise by the batch's statistics; False computes as ``predict`` does.
+            training: draw dropout masks and normalise by the batch's statistics; False computes as ``predict`` does, and
+                keeps nothing for ``backward``.
 
         Returns:
             (batch, n_outputs); (models, batch, n_outputs) for a fleet.
@@ -184,13 +183,16 @@ class Network:
             ValueError: another shape.
         """
         X = np.asarray(X)
-        per_model = X.ndim == 3
-        if X.ndim not in (2, 3) or X.shape[-1] != self.n_features or (per_model and len(X) != self.models) or not X.shape[-2]:
-            raise ValueError(f"X has shape {X.shape}; forward takes (batch, {self.n_features}), batch at least 1")
+        own_rows = X.ndim == 3
+        fits = X.ndim in (2, 3) and X.shape[-1] == self.n_features and X.shape[-2] > 0
+        if not fits or (own_rows and len(X) != self.models):
+            own = f" or ({self.models}, batch, {self.n_features})" if self.is_fleet else ""
+            raise ValueError(f"X has shape {X.shape}; forward takes (batch, {self.n_features}){own}, batch at least 1")
+        per_model = own_rows or self.scales_apart
         workspace = self.workspace(X.shape[-2], per_model)
         np.copyto(workspace.x, X, casting="unsafe")
         self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
-        self._ready = workspace
+        self._ready = workspace if training else None
         logits = workspace.forward(training)
         return logits.copy() if self.is_fleet else logits[0].copy()
 
@@ -201,7 +203,7 @@ class Network:
             dz: in the shape that ``forward`` returned. Not modified.
 
         Raises:
-            RuntimeError: no ``forward`` before it.
+            RuntimeError: no ``forward`` of training before it.
             ValueError: another shape.
         """
         workspace = self._ready
@@ -253,6 +255,12 @@ class Network:
         """Shift and scale (models or 1, 1, n_features) for a batch of ``models``; None and None where there are none."""
         return _part(self.shift, self.scale, models if per_model_rows else slice(0, 1))
 
+    @property
+    def scales_apart(self) -> bool:
+        """Whether the models standardise by means and deviations of their own, so that they cannot share a batch."""
+        learned = (getattr(self, name) for name in SCALINGS)
+        return self.models > 1 and any(bool((values != values[:1]).any()) for values in learned if values is not None)
+
     def target_scaling_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
         """The same for targets, (models or 1, 1, n_outputs)."""
         return _part(self.target_shift, self.target_scale, models if per_model_rows else slice(0, 1))
@@ -273,7 +281,7 @@ class Network:
         Raises:
             ValueError: wrong shape or dtype, no rows, NaN or infinity (row and column named).
         """
-        X = check_X(X, self.n_features)
+        X = check_X(X, self.n_features, dtype=self.dtype)
         z = np.empty((self.models, len(X), self.n_outputs), self.dtype)
         for start, part in self.logits_of(X):
             z[:, start : start + part.shape[1]] = part
@@ -282,8 +290,8 @@ class Network:
     def logits_of(self, X: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """First row and logits (models, rows, n_outputs) of each stretch of a checked X; the buffer is reused."""
         # The buffers are taken for the time of the call, so that two threads may predict at once.
-        per_model = self.shift is not None and self.models > 1
-        held, self._prediction = self._prediction, None
+        per_model = self.scales_apart
+        held = vars(self).pop("_prediction", None)  # in one go, which a swap is not
         if held is None or held.batch < min(len(X), PREDICTION_ROWS) or held.per_model_rows != per_model:
             held = Workspace(self, min(len(X), PREDICTION_ROWS), training=False, per_model_rows=per_model)
         for start in range(0, len(X), held.batch):
@@ -371,8 +379,8 @@ class Network:
         """The same network with memory of its own, in another ``dtype`` if given; or one ``model`` of it."""
         part = slice(0, self.models) if model is None else slice(model, model + 1)
         layers = [
-            replace(place.layer, dropout=place.dropout[part].tolist() if model is None else float(place.dropout[model]))
-            if hasattr(place.layer, "dropout")
+            replace(place.layer, dropout=float(place.dropout[model]))
+            if model is not None and hasattr(place.layer, "dropout")
             else place.layer
             for place in self.places
         ]
@@ -470,8 +478,8 @@ def arrange(first: Node, last: Node, models: int) -> list[Place]:
             raise ValueError(f"Add joins nodes of one width, got widths {widths}")
         name = getattr(layer, "name", None) or (kind if kind == "input" else f"{kind}_{counts.get(kind, 0)}")
         counts[kind] = counts.get(kind, 0) + 1
-        if "." in name or name in {place.name for place in places}:
-            raise ValueError(f"layer name {name!r} must be unique and hold no dot")
+        if not isinstance(name, str) or "." in name or name in {place.name for place in places}:
+            raise ValueError(f"layer name {name!r} must be a string, unique and without a dot")
         rates = np.asarray(getattr(layer, "dropout", 0.0), np.float64)
         if rates.ndim and len(rates) != models:
             raise ValueError(f"dropout of {name} has {len(rates)} values for {models} models; give one, or one for each")
@@ -493,11 +501,21 @@ def _part(shift: Any, scale: Any, models: slice) -> tuple[Any, Any]:
     return (None, None) if shift is None else (shift[models, None, :], scale[models, None, :])
 
 
+def _dtype(dtype: Any) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if found.name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+    return found
+
+
 def connect(layers: list[Any], inputs: list[tuple[int, ...]]) -> tuple[Node, Node]:
     """The input and output nodes of the graph in which layer i reads the layers ``inputs[i]``."""
-    nodes: list[Node] = []
-    for layer, reads in zip(layers, inputs, strict=True):
-        nodes.append(Node(layer, tuple(nodes[i] for i in reads)))
+    nodes = [Node(layers[0])]
+    for layer, reads in zip(layers[1:], inputs[1:], strict=True):
+        nodes.append(layer(*(nodes[i] for i in reads)))
     return nodes[0], nodes[-1]
 
 

@@ -59,9 +59,9 @@ class Optimizer:
         self._bound: _Bound | None = None
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None or isinstance(value, bool):
+            if isinstance(f.default, bool) or (value is None and f.default is None):
                 continue
-            numbers = np.asarray(value, dtype=np.float64)
+            numbers = _numbers(value)
             if numbers.ndim:
                 setattr(self, f.name, numbers)
             high = 1.0 if f.name in self.below_one else np.inf
@@ -240,9 +240,21 @@ class _Bound:
         return (w, g, *states, scratch, *self.c[:, rows, None]), penalties
 
 
+def _numbers(value: Any) -> np.ndarray:
+    """A hyper-parameter as float64; NaN, which is in no range, where it is not made of numbers."""
+    try:
+        found = np.asarray(value)
+    except ValueError:  # a ragged list
+        return np.array(np.nan)
+    return found.astype(np.float64) if found.dtype.kind in "iuf" else np.array(np.nan)
+
+
 def _of(value: Any, models: slice) -> Any:
-    """The part of a hyper-parameter that belongs to ``models``."""
-    return value if np.ndim(value) == 0 else np.asarray(value, np.float64)[models]
+    """The part of a hyper-parameter that belongs to ``models``; a number where that is one model."""
+    if np.ndim(value) == 0:
+        return value
+    part = np.asarray(value, np.float64)[models]
+    return part.item() if len(part) == 1 else part
 
 
 # --- the rows -----------------------------------------------------------------------------------------------------
@@ -494,6 +506,10 @@ class LBFGS(Optimizer):
     full_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name in ("history", "max_evaluations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         super().__post_init__()
         if np.any(self.weight_decay) or self.clip_norm is not None or self.clip_value is not None:
             raise ValueError("L-BFGS takes l1 and l2; weight_decay, clip_norm and clip_value would break its line search")

@@ -60,7 +60,7 @@ def learning_curves(history: Mapping[str, Sequence[Any]], path: str | os.PathLik
         ValueError: for a history without epochs or losses, columns of unequal length, or another extension.
     """
     figure_class = require_matplotlib()
-    path = _checked_path(path)
+    path = check_path(path)
     epoch, columns = _history_columns(history)
     losses: dict[str, np.ndarray] = {name: columns.pop(name) for name in ("loss", "val_loss") if name in columns}
     scores = {name: values for name, values in columns.items() if _larger_is_better(name)}
@@ -100,7 +100,7 @@ def confusion_matrix(
         ValueError: for labels that ``classes`` does not cover, unequal lengths, or another extension.
     """
     figure_class = require_matplotlib()
-    path = _checked_path(path)
+    path = check_path(path)
     y_true, y_pred, names = _class_indices(np.asarray(y_true), np.asarray(y_pred), classes)
     n = len(names)
     counts = metrics.confusion_matrix(y_true, y_pred, n)
@@ -165,7 +165,7 @@ def decision_boundary(network: Any, X: Any, y: Any, path: str | os.PathLike[str]
         ValueError: if X has not two features, y does not fit, or for another extension.
     """
     figure_class = require_matplotlib()
-    path = _checked_path(path)
+    path = check_path(path)
     X, y = np.asarray(X), np.asarray(y)
     if X.ndim != 2 or X.shape[1] != 2:
         raise ValueError(
@@ -242,7 +242,7 @@ def regression_curve(network: Any, X: Any, y: Any, path: str | os.PathLike[str] 
         ValueError: if X has more than one feature, y does not fit, or for another extension.
     """
     figure_class = require_matplotlib()
-    path = _checked_path(path)
+    path = check_path(path)
     X, y = np.asarray(X), np.asarray(y)
     if not (X.ndim == 1 or (X.ndim == 2 and X.shape[1] == 1)):
         raise ValueError(
@@ -481,7 +481,7 @@ def require_matplotlib() -> type[Figure]:
     return Figure
 
 
-def _checked_path(path: str | os.PathLike[str] | None) -> Path | None:
+def check_path(path: str | os.PathLike[str] | None) -> Path | None:
     """Checks before anything is drawn that the picture can be saved there."""
     if path is None:
         return None

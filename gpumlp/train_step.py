@@ -52,18 +52,21 @@ class TrainStep:
         self.rows = rows if len(rows) == network.models else rows * network.models
         self.counts = np.array([len(r) for r in self.rows])  # rows of each model
         self.batch_size = int(self.counts.max() if optimizer.full_batch else min(batch_size, self.counts.max()))
-        self.steps_per_epoch = int(-(-self.counts.max() // self.batch_size))
+        self.own_steps = -(-self.counts // self.batch_size)  # of each model in an epoch: with fewer rows fewer
+        self.steps_per_epoch = int(self.own_steps.max())
         self.active = np.ones(network.models, bool)  # models that still train
-        varies = self.shuffle or data.rows is not None or bool(augment)
+        varies = self.shuffle or data.rows is not None or bool(augment) or network.scales_apart
         self.per_model_rows = network.models > 1 and varies
         self.order = np.zeros((network.models if self.per_model_rows else 1, self.counts.max()), np.int64)
         self.workspace = Workspace(network, self.batch_size, training=True, per_model_rows=self.per_model_rows)
         self._all = [(slice(0, network.models), self.batch_size)]
         self._full_steps = int(self.counts.min() // self.batch_size)  # steps in which every model has a full batch
-        self._parts: dict[tuple, tuple[Workspace, Batch]] = {}
+        self._repeats = False  # the full batch's loss and gradient after the last step are those before the next
+        self._parts: dict[tuple, tuple[Workspace, Batch, Loss]] = {}
         self._batch = self._buffers()
         self.sums = np.zeros((2, network.models))  # of weighted losses and of weights, over the epoch so far
         self.diverged = np.zeros(network.models, bool)  # models whose loss was not finite; retire clears them
+        self.lost = np.zeros(network.models, bool)  # all that diverged in this fit
         for i in range(len(self.order)):
             self.order[i, : self.counts[i]] = self.rows[i]
 
@@ -114,14 +117,14 @@ class TrainStep:
 
     def _gradient(self, position: int, models: slice, n: int) -> np.ndarray:
         """Gather, forward, loss, backward."""
-        workspace, batch = self._part(models, n)
+        workspace, batch, own_loss = self._part(models, n)
         start = position * self.batch_size
         rows = models if self.per_model_rows else slice(0, 1)
         self.backend.gather(batch, self.order[rows, start : start + n])
         if self.augment:
             self._augment(workspace, batch)
         z = workspace.forward()
-        loss = self.backend.loss(self.loss, z, batch.targets, batch.weights, workspace.dz)
+        loss = self.backend.loss(own_loss, z, batch.targets, batch.weights, workspace.dz)
         workspace.backward()
         weight = n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
         self.sums[0, models] += loss * weight
@@ -138,22 +141,23 @@ class TrainStep:
                 row.apply(batch, workspace.draw)
 
     def _full_batch_step(self, learning_rate: Any) -> np.ndarray:
-        groups = self._groups(0)
+        network, groups = self.network, self._groups(0)
 
         def evaluate() -> np.ndarray:
             self.sums[...] = 0.0
-            losses = np.zeros(self.network.models)
+            losses = np.zeros(network.models)
             for models, n in groups:
                 losses[models] = self._gradient(0, models, n)
             return losses
 
-        repeats = not self.augment and not any(place.dropout.any() for place in self.network.places)
-        losses = iterate(self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=repeats)
-        losses = np.atleast_1d(losses)
-        self.sums[...] = losses, np.ones_like(losses)
+        losses = iterate(self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=self._repeats)
+        losses = np.where(self.active, losses, np.nan)
+        moved = any(place.is_dense and place.layer.max_norm is not None for place in network.places)  # by after_update
+        self._repeats = not moved and not self.augment and not any(place.dropout.any() for place in network.places)
+        self.sums[...] = losses, np.isfinite(losses)
         self.diverged |= self.active & ~np.isfinite(losses)
         for models, _ in groups:
-            self.network.after_update(models)
+            network.after_update(models)
         return losses
 
     # --- which models, how many rows
@@ -175,7 +179,8 @@ class TrainStep:
             return [(slice(0, self.network.models), first)]
         return [(slice(i, i + 1), int(n)) for i, n in enumerate(left) if n > 0]
 
-    def _part(self, models: slice, n: int) -> tuple[Workspace, Batch]:
+    def _part(self, models: slice, n: int) -> tuple[Workspace, Batch, Loss]:
+        """Buffers and loss cut to ``n`` rows of ``models``, which are all models or one."""
         key = (models.start, models.stop, n)
         if key not in self._parts:
             workspace, batch = self.workspace.view(models, n), self._batch
@@ -190,6 +195,7 @@ class TrainStep:
                 replace(
                     batch, x=workspace.x, shift=shift, scale=scale, target_shift=target_shift, target_scale=target_scale, **cut
                 ),
+                self.loss if workspace.models == self.workspace.models else self.loss.for_model(models.start),
             )
         return self._parts[key]
 

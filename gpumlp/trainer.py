@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from .augment import check_augmentation
-from .callbacks import Callback, ProgressBar
+from .callbacks import Callback, ProgressBar, check_callbacks, end_all, hooks
 from .data.checks import check_integer, check_number, check_sample_weight, check_targets, check_X, encode_labels
 from .data.splits import split_indices
 from .evaluation import evaluate
 from .losses import Loss, get_loss
-from .metrics import get_metric
+from .metrics import Metric, get_metric
 from .network import Network
 from .optimizers import Optimizer, get_optimizer
 from .schedules import Schedule, get_schedule
@@ -39,7 +39,7 @@ class Trainer:
         loss: a name of ``gpumlp.losses.LOSSES`` or a ``Loss`` with options.
         optimizer: a name or an ``Optimizer``; the trainer takes a fresh copy.
         schedule: None, a name of ``gpumlp.schedules.SCHEDULES`` or a schedule: the factor on the learning rate.
-        metrics: names of ``gpumlp.metrics.METRICS`` that validation reports; None takes the loss's usual one.
+        metrics: a name of ``gpumlp.metrics.METRICS``, or several, that validation reports; None takes the loss's usual one.
         augment: augmentations of the training batches, in order: ``GaussianNoise``, ``Mixup``, ``RandomShift``.
 
     Attributes:
@@ -59,20 +59,23 @@ class Trainer:
         optimizer: str | Optimizer = "adam",
         *,
         schedule: str | Schedule | None = None,
-        metrics: Sequence[str] | None = None,
+        metrics: str | Sequence[str] | None = None,
         augment: Any = (),
     ) -> None:
+        if not isinstance(network, Network):
+            raise TypeError(f"network={network!r} must be a gm.Network")
         self.network = network
-        self.loss = network.loss = get_loss(loss)
+        self.loss = get_loss(loss)
+        self.loss.check_fits(network.models, network.n_outputs)
         self.optimizer = get_optimizer(optimizer).fresh()
         self.schedule = get_schedule(schedule)
-        names = metrics if metrics is not None else [self._usual_metric()]
-        self.metrics = [get_metric(name) for name in names]
+        self.metrics = self._metrics(metrics)
         self.augment = check_augmentation(augment, network)
         if network.standardize_targets and self.loss.row.output != "identity":
             raise ValueError(f"standardize_targets fits losses over values; {self.loss.name!r} reads its targets as they are")
         if self.loss.row.output == "softmax" and network.n_outputs < 2:
             raise ValueError("softmax_cross_entropy needs an output for each class, at least 2; for one, use binary_cross_entropy")
+        network.loss = self.loss
         self.epoch = 0  # epochs begun and finished since the trainer was made: the shuffle's counter
         self.position = 0  # steps made in the present epoch
         self.epochs = self.epochs_done = self.steps_per_epoch = 0  # of the present fit
@@ -134,19 +137,22 @@ class Trainer:
         check_integer(batch_size, "batch_size", 1)
         if time_limit is not None:
             check_number(time_limit, "time_limit", 0, np.inf, "()")
+        check_callbacks(callbacks)
         data, validation = self._prepare(X, y, sample_weight, rows, validation_data, validation_split)
-        step = self._begin(data, epochs, batch_size, shuffle)
-        observers = [ProgressBar(progress), *callbacks]
-        self.callbacks = list(callbacks)
-        self._load_callbacks()
+        step = self._begin(data, epochs, batch_size, shuffle, callbacks)
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        observers = [*callbacks] if own_bar else [ProgressBar(progress), *callbacks]
         started = time.monotonic() - self._seconds
         deadline = np.inf if time_limit is None else time.monotonic() + time_limit
         with _interruptible() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            begun = []
             try:
                 for observer in observers:
-                    observer.on_fit_begin(self)
-                on_step = [o.on_step_end for o in observers if o.on_step_end and type(o).on_step_end is not Callback.on_step_end]
-                self.stopped = "epochs"
+                    begun.append(observer)
+                    for begin in hooks([observer], "on_fit_begin"):
+                        begin(self)
+                on_step, on_epoch = hooks(observers, "on_step_end"), hooks(observers, "on_epoch_end")
+                self.stopped = "epochs" if step.active.any() else "early"
                 while self.epochs_done < epochs and self.stopped == "epochs":
                     rates = self._learning_rates()
                     while self.position < step.steps_per_epoch and self.stopped == "epochs":
@@ -165,86 +171,93 @@ class Trainer:
                     self._seconds = time.monotonic() - started
                     record = self._record(rates[-1], validation)
                     self._next_epoch()
-                    for observer in observers:
-                        done = observer.on_epoch_end(self, record)
+                    for observe in on_epoch:
+                        done = observe(self, record)
                         if done is not None:
-                            step.retire(np.asarray(done))
+                            step.retire(np.asarray(done, bool))
                     if not step.active.any():
                         self.stopped = "early"
             finally:
+                if interrupted():
+                    self.stopped = "interrupted"  # also between steps
                 self._seconds = time.monotonic() - started
-                self.resumed = False
-                for observer in observers:
-                    observer.on_fit_end(self)
+                end_all(begun, self)
         if self.stopped == "interrupted":
-            warnings.warn(
-                f"fit was interrupted in epoch {self.epochs_done + 1} of {epochs}; the network is usable as it is",
-                stacklevel=2,
-            )
+            where = f"in epoch {self.epochs_done + 1}" if self.position else f"after epoch {self.epochs_done}"
+            warnings.warn(f"fit was interrupted {where} of {epochs}; the network is usable as it is", stacklevel=2)
         return self.history
 
     # --- the loop's parts
 
-    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool) -> TrainStep:
+    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool, callbacks: Sequence[Callback]) -> TrainStep:
         """The step for this data, and the counters of a new fit or of the one that is resumed."""
         step = TrainStep(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment)
-        self._step, self._last = step, {}
-        self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
-        if self._pending is None:
+        self.resumed = self._pending is not None
+        if self._pending is not None:
+            self._take_up(self._pending, step, epochs, callbacks)
+            self._pending = None
+        else:
             self.position, self.epochs_done, self._seconds, self.history = 0, 0, 0.0, {}
             self.schedule = get_schedule(self.schedule)  # one with memory begins anew
             step.begin_epoch(self.epoch)
-            return step
-        facts, arrays = self._pending["facts"], self._pending["arrays"]
+        self._step, self._last, self.callbacks = step, {}, list(callbacks)
+        self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
+        return step
+
+    def _take_up(self, pending: dict[str, Any], step: TrainStep, epochs: int, callbacks: Sequence[Callback]) -> None:
+        """Check that this fit is the one that ``resume`` loaded, then give step and callbacks their parts of it."""
+        facts, arrays = pending["facts"], pending["arrays"]
         for name, now in self.fit_facts(step).items():
             if facts["fit"][name] != now:
                 raise ValueError(f"the resumed training had {name} {facts['fit'][name]!r}, this fit has {now!r}; they must be the same")
         if epochs < self.epochs_done:
             raise ValueError(f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too")
+        names = [type(callback).__name__ for callback in callbacks]
+        if facts["callbacks"] != names:
+            raise ValueError(
+                f"the saved fit had callbacks {facts['callbacks']}, this one has {names}; give the same ones in the same order"
+            )
         step.begin_epoch(self.epoch)
         step.sums[...] = arrays["sums"]
-        step.active[...] = arrays["active"]
-        step.retire(~step.active)
-        self.resumed = True
-        return step
+        step.retire(~arrays["active"])
+        for i, callback in enumerate(callbacks):
+            prefix = f"callbacks.{i}."
+            state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            for load in hooks([callback], "load_state"):
+                load(state)
 
     def fit_facts(self, step: TrainStep) -> dict[str, Any]:
         """What a resumed fit must share with the one that was saved."""
         return {
             "n_samples": len(step.data.X),
+            "rows": step.counts.tolist(),
             "batch_size": step.batch_size,
             "shuffle": bool(step.shuffle),
             "steps_per_epoch": step.steps_per_epoch,
         }
 
-    def _load_callbacks(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        names, now = pending["facts"]["callbacks"], [type(callback).__name__ for callback in self.callbacks]
-        if names != now:
-            raise ValueError(f"the saved fit had callbacks {names}, this one has {now}; give the same ones in the same order")
-        for i, callback in enumerate(self.callbacks):
-            prefix = f"callbacks.{i}."
-            callback.load_state({k.removeprefix(prefix): v for k, v in pending["arrays"].items() if k.startswith(prefix)})
-
     def _learning_rates(self) -> list:
         """The learning rate of every step of this epoch: numbers, or (models,) arrays."""
-        n = self.steps_per_epoch
-        times = self.epochs_done + np.arange(n) / n
+        assert self._step is not None
+        n, own = self.steps_per_epoch, self._step.own_steps
+        times = self.epochs_done + np.minimum(np.arange(n)[:, None], own - 1) / own  # (steps, models)
         factors = np.asarray(self.schedule(times, self.epochs), np.float64)
         base = np.asarray(self.optimizer.learning_rate, np.float64)
         if hasattr(self.schedule, "observe"):  # its factor is one for each model, and holds for the whole epoch
             rate = base * factors
             return [float(rate[0]) if rate.shape == (1,) else rate] * n
-        return [*(base * factors[:, None])] if base.ndim else (base * factors).tolist()
+        factors = np.broadcast_to(factors, times.shape)  # a function may return one number
+        if base.ndim or (factors != factors[:, :1]).any():
+            return [*(base * factors)]
+        return (base * factors[:, 0]).tolist()
 
     def _diverged(self, step: TrainStep, loss: np.ndarray, rate: Any) -> None:
         """Stop training the models whose loss is not finite; an error where none is left."""
         bad = step.diverged.copy()
+        step.lost |= bad
         where = f"at step {self.position} of epoch {self.epochs_done + 1}"
         advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
-        if (bad | ~step.active).all():
+        if step.lost.all():
             shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[bad].tolist()
             raise DivergedError(f"the loss is {loss[bad][0]} {where} with learning rate {shown}; {advice}")
         names = ", ".join(str(i) for i in np.flatnonzero(bad))
@@ -294,8 +307,10 @@ class Trainer:
         learning = not network.steps.any() and self._pending is None
         y = self._targets(y, len(X), learn_classes=learning)
         validation = None
-        if validation_data is not None and validation_split is not None:
-            raise ValueError("give validation_data or validation_split, not both")
+        if validation_split is not None:
+            check_number(validation_split, "validation_split", 0, 1, "()")
+            if validation_data is not None:
+                raise ValueError("give validation_data or validation_split, not both")
         if validation_data is not None:
             if not isinstance(validation_data, tuple | list) or len(validation_data) not in (2, 3):
                 raise ValueError("validation_data must be (X, y) or (X, y, sample_weight)")
@@ -322,20 +337,23 @@ class Trainer:
     def _targets(self, y: Any, n: int, name: str = "y", learn_classes: bool = False) -> np.ndarray:
         """Labels (n,) or targets (n, outputs) as the loss reads them; labels that are no numbers are encoded."""
         network, row = self.network, self.loss.row
-        values = np.asarray(y) if not hasattr(y, "to_numpy") else y.to_numpy()
-        if row.is_classifier and values.dtype.kind in "OUSb" and values.ndim == 1:
-            values, classes = encode_labels(values, None if learn_classes else network.classes, name=name)
-            expected = 2 if row.output == "sigmoid" and network.n_outputs == 1 else network.n_outputs
-            if len(classes) > expected:
+        classes = None
+        # After training on the numbers 0, 1, ... there are no names; bools are numbers as well.
+        if row.is_classifier and (kind := _names_kind(y)) and (learn_classes or kind != "b" or network.classes is not None):
+            if not learn_classes and network.classes is None:
+                raise ValueError(f"{name} holds names, but the network was trained on labels 0 to {network.n_outputs - 1}; give those")
+            y, classes = encode_labels(y, None if learn_classes else network.classes, name=name)
+            expected = max(network.n_outputs, 2)
+            if 1 < len(classes) != expected:  # one class alone is refused below
                 raise ValueError(f"{name} has {len(classes)} classes, but the network has outputs for {expected}")
-            if learn_classes:
-                network.classes = classes
-        values = check_targets(
-            values, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y"
-        )
-        return values if values.dtype.kind == "i" else values.astype(network.dtype, copy=False)
+        values = check_targets(y, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y")
+        if learn_classes and classes is not None:
+            network.classes = classes
+        return values
 
     def _check_rows(self, rows: Sequence[Any], n: int) -> list[np.ndarray]:
+        if not isinstance(rows, list | tuple | np.ndarray):
+            raise TypeError(f"rows={rows!r} must be a list with the row numbers of each model")
         if len(rows) != self.network.models:
             raise ValueError(f"rows has {len(rows)} entries for {self.network.models} models; give each model its row numbers")
         checked = []
@@ -385,9 +403,30 @@ class Trainer:
 
         load_state(self, path)
 
-    def _usual_metric(self) -> str:
-        several = self.loss.row.output == "sigmoid" and self.network.n_outputs > 1
-        return "subset_accuracy" if several else self.loss.row.metric
+    def _metrics(self, names: str | Sequence[str] | None) -> list[Metric]:
+        """The rows of the metrics that were asked for. Raises ValueError where one does not fit the loss."""
+        loss, outputs = self.loss.row, self.network.n_outputs
+        several = loss.output == "sigmoid" and outputs > 1
+        if names is None:
+            names = ["subset_accuracy" if several else loss.metric]
+        metrics = [get_metric(name) for name in ([names] if isinstance(names, str) else names)]
+        for metric in metrics:
+            fits = metric.takes != "values" if loss.is_classifier else metric.takes == "values"
+            if loss.is_classifier:
+                fits &= several == (metric.name == "subset_accuracy") and (metric.name != "roc_auc" or outputs <= 2)
+            if not fits:
+                what = "several labels a row" if several else "classes" if loss.is_classifier else "values"
+                raise ValueError(f"metric {metric.name!r} does not fit {loss.name!r} over {what} with {outputs} outputs")
+        return metrics
+
+
+def _names_kind(y: Any) -> str:
+    """The dtype kind of one column of text, bools or objects, which are to be numbered; "" for anything else."""
+    try:
+        values = np.asarray(y)
+    except ValueError:  # ragged, which check_targets explains
+        return ""
+    return values.dtype.kind if values.ndim == 1 and values.dtype.kind in "OUSTb" else ""
 
 
 @contextmanager

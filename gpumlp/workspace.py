@@ -67,7 +67,7 @@ class Workspace:
         """Logits (models, batch, outputs) of the rows in ``x``; ``training`` draws dropout and takes batch statistics."""
         backend = self.backend
         draw = self.draw if training else None
-        if self.input_dropout is not None and draw is not None:
+        if self.input_dropout is not None:
             backend.dropout_forward(self.input_dropout, draw)
         for operation in self.operations:
             if isinstance(operation, Dense):

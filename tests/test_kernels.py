@@ -3,16 +3,16 @@
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpumlp import random
 from gpumlp.activations import ACTIVATIONS, get_activation
+from gpumlp.backends.kernel_source import kernel_path
 from gpumlp.random import Purpose
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = kernel_path("philox.cuh").parent
 HEADERS = ("common.cuh", "activations.cuh", "philox.cuh")
 DTYPES = [np.float32, np.float64]
 LONG, U64 = ctypes.c_long, ctypes.c_uint64

@@ -122,13 +122,18 @@ class Backend(Protocol):
     def gather(self, batch: Batch, rows: Array) -> None:
         """Fill the batch's buffers from ``rows`` (models or 1, batch); cast and standardise."""
 
+    def standardize(self, x: Array, shift: Array | None, scale: Array | None) -> None:
+        """x ← (x - shift) · scale, where there is a shift."""
+
     def dense_forward(self, dense: Dense, draw: Draw | None, update_running: bool) -> None:
         """Affine map, normalisation, non-linearity, dropout; ``draw`` is None for prediction."""
 
     def dense_backward(self, dense: Dense) -> None:
         """From the gradient with respect to the output, in place, to dW, db, dγ, dβ and dx."""
 
-    def dropout_forward(self, dropout: Dropout, draw: Draw) -> None: ...
+    def dropout_forward(self, dropout: Dropout, draw: Draw | None) -> None:
+        """Draw the mask and apply it; for prediction pass x on."""
+
     def dropout_backward(self, dropout: Dropout) -> None: ...
     def join(self, join: Join) -> None: ...
     def split(self, join: Join) -> None:

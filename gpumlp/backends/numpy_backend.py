@@ -61,12 +61,12 @@ class NumpyBackend:
 
     def dense_forward(self, dense: Dense, draw: Draw | None, update_running: bool) -> None:
         views = dense.work
-        np.matmul(dense.x, views.W_T, out=dense.z)  # (models, batch, fan_out)
+        views.product(views.x, views.W_T, out=views.z)  # (models, batch, fan_out)
         if dense.before is not None:
             if dense.b is not None:
                 np.add(dense.z, dense.b[:, None, :], out=dense.z)
             norm_forward(dense.before, draw is not None, update_running)
-        f = dense.f.f
+        f = views.f
         for u, b, a in views.forward:
             if b is not None:
                 np.add(u, b, out=u)
@@ -74,7 +74,7 @@ class NumpyBackend:
                 f(u, out=a)
         if dense.after is not None:
             norm_forward(dense.after, draw is not None, update_running)
-        if dense.dropout is not None and draw is not None:
+        if dense.dropout is not None:
             self.dropout_forward(dense.dropout, draw)
 
     def dense_backward(self, dense: Dense) -> None:
@@ -89,17 +89,21 @@ class NumpyBackend:
             np.multiply(d_block, slope, out=d_block)
         if dense.before is not None:
             norm_backward(dense.before)
-        np.matmul(views.d_T, dense.x, out=dense.dW)  # (models, fan_out, fan_in)
+        product = views.product
+        product(views.d_T, views.x, out=views.dW)  # (models, fan_out, fan_in)
         if dense.db is not None:
-            np.matmul(views.ones, d, out=views.db)  # (models, 1, fan_out): a product is faster than a sum over rows
+            product(views.ones, views.d, out=views.db)  # (models, 1, fan_out): a product is faster than a sum over rows
         if dense.dx is None:
             return
         if dense.dx_adds:
             dense.dx += np.matmul(d, dense.W)
         else:
-            np.matmul(d, dense.W, out=dense.dx)  # (models, batch, fan_in)
+            product(views.d, views.W, out=views.dx)  # (models, batch, fan_in)
 
-    def dropout_forward(self, dropout: Dropout, draw: Draw) -> None:
+    def dropout_forward(self, dropout: Dropout, draw: Draw | None) -> None:
+        if draw is None:
+            np.copyto(dropout.out, dropout.x)
+            return
         for i, rate in enumerate(dropout.rates):
             random.dropout_scale(
                 dropout.keep[i],
@@ -145,23 +149,35 @@ class NumpyBackend:
 
 
 class _DenseViews:
-    """Transposes and cache-sized blocks of a layer's buffers, made once so that a step makes no view."""
+    """Transposes and cache-sized blocks of a layer's buffers, made once so that a step makes no view.
+
+    One model alone is multiplied as plain matrices: np.dot takes a third less time than np.matmul on small ones.
+    """
 
     def __init__(self, dense: Dense) -> None:
-        self.W_T = dense.W.swapaxes(1, 2)
+        alone = len(dense.W) == 1
+        self.product = np.dot if alone else np.matmul
+
+        def matrix(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[0] if alone else array
+
+        self.x, self.z, self.W = matrix(dense.x), matrix(dense.z), matrix(dense.W)
+        self.W_T = matrix(dense.W.swapaxes(1, 2))
         bias = None if dense.before else dense.b  # before a normalisation the bias cannot wait for the non-linearity
         identity = dense.f.name == "identity"
-        in_place = identity or dense.a is dense.u
+        in_place = identity and dense.a is dense.u
         self.forward = [
             (dense.u[part], None if bias is None else bias[part[0], None, :], dense.a[part])
             for part in _blocks(dense.u.shape)
-            if bias is not None or not (identity and in_place)
+            if bias is not None or not in_place
         ]
+        self.f = None if in_place else dense.f.f
         if dense.d is None:
             return
-        self.d_T = dense.d.swapaxes(1, 2)
-        self.ones = np.ones((1, 1, dense.d.shape[1]), dense.d.dtype)
-        self.db = None if dense.db is None else dense.db[:, None, :]
+        self.d, self.dx, self.dW = matrix(dense.d), matrix(dense.dx), matrix(dense.dW)
+        self.d_T = matrix(dense.d.swapaxes(1, 2))
+        self.ones = matrix(np.ones((1, 1, dense.d.shape[1]), dense.d.dtype))
+        self.db = None if dense.db is None else matrix(dense.db[:, None, :])
         scratch = np.empty(max(BLOCK, dense.d.shape[2]), dense.d.dtype)
         self.backward = [
             (dense.d[part], dense.u[part], dense.a[part], _like(scratch, dense.d[part]))

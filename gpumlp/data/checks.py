@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 TARGET_KINDS = ("labels", "labels or probabilities", "binary", "values", "counts")
 BLOCK_BYTES = 1 << 20  # data are examined in blocks of about this size, so that a check needs no second copy of them
+_ONE_CLASS = "{} has one class only ({}); training a classifier takes at least two"
 SHOWN = 10  # at most so many class names in a message
 
 
@@ -87,7 +88,7 @@ def check_targets(
         kind: one of `TARGET_KINDS`.
         name: how messages call the argument.
         dtype: float32 or float64, the dtype of targets that are not labels. Rows of probabilities may miss 1 by 1e-3.
-        allow_one_class: accept labels that are all the same (right for evaluation, pointless for training).
+        allow_one_class: accept labels, or 0 and 1 of one output, that are all the same (right for evaluation, pointless for training).
 
     Raises:
         TypeError: not an array.
@@ -122,6 +123,8 @@ def check_targets(
         return array
     high, what = (math.inf, "counts") if kind == "counts" else (1.0, "probabilities")
     _require_range(array, name, 0.0, high, what, flat)
+    if kind == "binary" and n_outputs == 1 and not allow_one_class and array[0] in (0, 1) and (array == array[0]).all():
+        raise ValueError(_ONE_CLASS.format(name, int(array[0, 0])))
     if kind == "labels or probabilities":
         sums = array.sum(axis=1, dtype=np.float64)
         off = np.abs(sums - 1.0) > 1e-3
@@ -146,7 +149,7 @@ def _check_labels(array: np.ndarray, n_outputs: int, name: str, allow_one_class:
         )
     labels = array.astype(np.int64, copy=False)
     if not allow_one_class and (labels == labels[0]).all():
-        raise ValueError(f"{name} has one class only ({labels[0]}); training a classifier takes at least two")
+        raise ValueError(_ONE_CLASS.format(name, labels[0]))
     return labels
 
 

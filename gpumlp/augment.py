@@ -55,7 +55,9 @@ class Mixup:
     def apply(self, batch: Batch, draw: Draw) -> None:
         targets = batch.targets
         for i, (x, seed, model, step) in enumerate(_models(batch.x, draw)):
-            share = random.generator(seed=seed, purpose=Purpose.MIXUP, step=step, model=model).beta(self.alpha, self.alpha)
+            share = random.generator(seed=seed, purpose=Purpose.MIXUP, step=step, model=model).beta(
+                self.alpha, self.alpha
+            )
             for part in (x, targets[i]) if batch.weights is None else (x, targets[i], batch.weights[i]):
                 part[...] = share * part + (1 - share) * part[::-1]
 

@@ -176,7 +176,9 @@ class ProgressBar(Callback):
             self._write(trainer, record["loss"])
 
     def _write(self, trainer: Trainer, loss: Any) -> None:
-        self.bar.set_description(f"epoch {min(trainer.epochs_done + 1, trainer.epochs)}/{trainer.epochs}", refresh=False)
+        self.bar.set_description(
+            f"epoch {min(trainer.epochs_done + 1, trainer.epochs)}/{trainer.epochs}", refresh=False
+        )
         self.bar.set_postfix({"loss": _shown(loss)} | self.values, refresh=True)
 
     def on_fit_end(self, trainer: Trainer) -> None:

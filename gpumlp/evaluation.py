@@ -30,7 +30,9 @@ def evaluate(
         rows[:, start:stop] = loss.f(part, _scaled(network, y[start:stop]), np.empty_like(part))
     found = {"loss": np.average(rows, axis=1, weights=weight)}
     for metric in metrics:
-        found[metric.name] = np.array([metric.f(*_sides(network, loss, metric, z, y, i), weight) for i in range(network.models)])
+        found[metric.name] = np.array(
+            [metric.f(*_sides(network, loss, metric, z, y, i), weight) for i in range(network.models)]
+        )
     return found
 
 

@@ -21,7 +21,8 @@ from .activations import Activation, get_activation
 from .backends import get_backend
 from .layers import Add, Concat, Dense, InputLayer
 from .losses import LOSSES, Loss
-from .network import SCALINGS, Network, arrange, connect, tensor_shapes
+from .network import SCALINGS, Network
+from .places import arrange, connect, tensor_shapes
 from .schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> 
 def describe(network: Network) -> dict[str, Any]:
     """Everything of a network but its arrays, as plain data."""
     if network.loss is not None and network.loss.row is not LOSSES.get(network.loss.name):
-        raise ValueError(f"loss {network.loss.name!r} is not in gpumlp's table: a file cannot name it; set network.loss to None")
+        raise ValueError(
+            f"loss {network.loss.name!r} is not in gpumlp's table: a file cannot name it; set network.loss to None"
+        )
     return {
         "layers": [_describe_layer(place) for place in network.places],
         "reads": [list(place.inputs) for place in network.places],
@@ -211,7 +214,8 @@ def load_state(trainer: Trainer, path: Any) -> None:
         places = {"weights.flat": network.flat, "t": bound.t, "steps": network.steps}
         places |= {f"weights.{name}": values for name, values in network.statistics.items()}
         states = {name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")}
-        for name, values in {**places, **{f"optimizer.{name}": values for name, values in bound.states.items()}}.items():
+        own = {f"optimizer.{name}": values for name, values in bound.states.items()}
+        for name, values in (places | own).items():
             if (tensors[name].shape, tensors[name].dtype) != (values.shape, values.dtype):
                 raise FileError(path, f"its tensor {name} does not fit the network")
         counters = {name: int(config[name]) for name in ("epoch", "position", "epochs_done")}
@@ -279,7 +283,12 @@ def _pack(kind: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> 
     text = json.dumps(config, allow_nan=False)
     if len(text) > LARGEST_HEADER // 2:  # names and quotes take some room too
         raise ValueError(f"the {kind}'s configuration takes {len(text):,} bytes, too many for a safetensors header")
-    metadata = {"format": f"gpumlp {kind}", "format_version": FORMAT_VERSION, "config": text, "sha256": _digest(text, arrays)}
+    metadata = {
+        "format": f"gpumlp {kind}",
+        "format_version": FORMAT_VERSION,
+        "config": text,
+        "sha256": _digest(text, arrays),
+    }
     return _in_order(save(arrays, metadata=metadata))
 
 
@@ -306,7 +315,9 @@ def _unpack(
         if metadata["format"] != f"gpumlp {kind}":
             raise FileError(path, f"holds a {metadata['format']}, expected a gpumlp {kind}")
         if metadata.get("format_version") != FORMAT_VERSION:
-            raise FileError(path, f"has format version {metadata.get('format_version')}; this gpumlp reads {FORMAT_VERSION}")
+            raise FileError(
+                path, f"has format version {metadata.get('format_version')}; this gpumlp reads {FORMAT_VERSION}"
+            )
         config = _json(metadata["config"], path)
         if shapes is not None:
             expected = {name: list(shape) for name, shape in shapes(config).items()}

@@ -40,13 +40,17 @@ class _Callable:
         """The node of this layer over ``inputs``. Raises TypeError where an input is not a node."""
         for x in inputs:
             if not isinstance(x, Node):
-                raise TypeError(f"{type(self).__name__} was called on {type(x).__name__}; call it on gm.Input(...) or a layer's result")
+                raise TypeError(
+                    f"{type(self).__name__} was called on {type(x).__name__}; call it on gm.Input(...) or a layer's result"
+                )
         self.check_inputs(len(inputs))
         return Node(self, inputs)
 
     def check_inputs(self, count: int) -> None:
         if count != 1:
-            raise ValueError(f"{type(self).__name__} reads one node, got {count}; join nodes with gm.Add() or gm.Concat()")
+            raise ValueError(
+                f"{type(self).__name__} reads one node, got {count}; join nodes with gm.Add() or gm.Concat()"
+            )
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,9 @@ def topological_order(inputs: Node, output: Node) -> list[Node]:
             stack.extend((x, False) for x in reversed(node.inputs))
     sources = [node for node in order if not node.inputs]
     if inputs is output or inputs not in sources:
-        raise ValueError("the network's output does not depend on its Input: build it from the node that you pass first")
+        raise ValueError(
+            "the network's output does not depend on its Input: build it from the node that you pass first"
+        )
     if len(sources) > 1:
         raise ValueError("the graph reads an Input that was not passed to Network; a network has one Input")
     order.remove(inputs)

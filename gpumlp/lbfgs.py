@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .optimizers import LBFGS, _Bound
+    from .optimizer_state import OptimizerState
+    from .optimizers import LBFGS
 
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the Wolfe conditions, as Nocedal & Wright suggest
 
@@ -16,7 +17,7 @@ SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the Wolfe conditi
 @np.errstate(over="ignore", invalid="ignore")  # a trial that is too long may overflow: it is then shortened
 def iterate(
     optimizer: LBFGS,
-    bound: _Bound,
+    bound: OptimizerState,
     evaluate: Callable[[], Any],
     learning_rate: Any,
     active: np.ndarray | None = None,
@@ -90,7 +91,7 @@ def iterate(
     return shown if np.ndim(shown) == 0 or network.is_fleet else shown[0]
 
 
-def _memory(optimizer: LBFGS, bound: _Bound) -> dict[str, np.ndarray]:
+def _memory(optimizer: LBFGS, bound: OptimizerState) -> dict[str, np.ndarray]:
     """The pairs and scalars kept between iterations; a pair's ``rho`` of 0 means that it counts for nothing."""
     if not bound.states:
         models, n = bound.network.flat.shape
@@ -122,7 +123,7 @@ def _direction(memory: dict[str, np.ndarray], gradient: np.ndarray) -> np.ndarra
     return q
 
 
-def _remember(memory: dict[str, np.ndarray], bound: _Bound, s: np.ndarray, y: np.ndarray) -> None:
+def _remember(memory: dict[str, np.ndarray], bound: OptimizerState, s: np.ndarray, y: np.ndarray) -> None:
     """Keep the newest pair where its curvature is positive; for the other models it counts for nothing."""
     for name in ("s", "y", "rho"):
         memory[name][1:] = memory[name][:-1].copy()

@@ -154,7 +154,13 @@ LOSSES = {
         LossRow("absolute_error", absolute_error, "values", "identity", "mean_absolute_error", "Laplace 1774"),
         LossRow("huber", huber, "values", "identity", "r2", "Huber 1964, eq. 2.7", {"delta": 1.0}),
         LossRow(
-            "quantile", quantile, "values", "identity", "mean_absolute_error", "Koenker & Bassett 1978", {"quantile": 0.5}
+            "quantile",
+            quantile,
+            "values",
+            "identity",
+            "mean_absolute_error",
+            "Koenker & Bassett 1978",
+            {"quantile": 0.5},
         ),
         LossRow("poisson", poisson, "counts", "exp", "r2", "Nelder & Wedderburn 1972"),
         LossRow(
@@ -276,23 +282,27 @@ class Loss:
 
     def for_model(self, i: int) -> Loss:
         """The loss of model ``i`` where options differ from model to model."""
-        picked = {k: v if np.ndim(v) == 0 or k == "quantile" else np.asarray(v)[i].item() for k, v in self.options.items()}
+        picked = {
+            k: v if np.ndim(v) == 0 or k == "quantile" else np.asarray(v)[i].item() for k, v in self.options.items()
+        }
         return Loss(self.row, class_weight=self.class_weight, **picked)
 
-    def class_weights(self, labels: np.ndarray, n_classes: int) -> np.ndarray | None:
-        """(n_classes,) float64 weights, "balanced" learned from ``labels``; None where none were asked for.
+    def class_weights(self, labels: np.ndarray, n_classes: int) -> np.ndarray:
+        """(n_classes,) float64 weights, "balanced" learned from ``labels``; ones where none were asked for.
 
         Raises:
             ValueError: wrong length, an unknown label, or negative or non-finite numbers.
         """
-        if self.class_weight is None:
-            return None
         if isinstance(self.class_weight, str):
             if self.class_weight != "balanced":
-                raise ValueError(f"class_weight={self.class_weight!r} is unknown; allowed: 'balanced', a dict, an array")
+                raise ValueError(
+                    f"class_weight={self.class_weight!r} is unknown; allowed: 'balanced', a dict, an array"
+                )
             counts = np.bincount(labels, minlength=n_classes)
             return len(labels) / (n_classes * np.maximum(counts, 1))
         weights = np.ones(n_classes)
+        if self.class_weight is None:
+            return weights
         if isinstance(self.class_weight, dict):
             for label, weight in self.class_weight.items():
                 if label not in range(n_classes):
@@ -301,9 +311,13 @@ class Loss:
         else:
             weights = np.asarray(self.class_weight, dtype=np.float64)
             if weights.shape != (n_classes,):
-                raise ValueError(f"class_weight has shape {weights.shape}; it needs one number for each of {n_classes} classes")
+                raise ValueError(
+                    f"class_weight has shape {weights.shape}; it needs one number for each of {n_classes} classes"
+                )
         if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-            raise ValueError(f"class_weight={self.class_weight!r}: weights must be finite, not negative and not all zero")
+            raise ValueError(
+                f"class_weight={self.class_weight!r}: weights must be finite, not negative and not all zero"
+            )
         return weights
 
     def __call__(self, logits: Any, y: Any, sample_weight: Any = None) -> tuple[Any, np.ndarray]:

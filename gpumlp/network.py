@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from .backends import get_backend
 from .data.checks import check_X
 from .data.scaling import standardization
 from .initializers import get_initializer
-from .layers import Dense, Input, Node, topological_order
 from .losses import Loss, get_loss, output_values
+from .places import arrange, connect, graph, tensor_shapes
 from .workspace import Workspace
 
 ALIGNMENT = 32  # elements: every tensor starts at a multiple of 128 bytes in float32
@@ -22,23 +22,6 @@ PREDICTION_ROWS = 1024  # rows that a prediction handles at a time
 SCALINGS = ("shift", "scale", "target_shift", "target_scale")
 DTYPES = ("float32", "float64")
 STANDARDIZE = {False: None, True: "columns", None: None, "columns": "columns", "global": "global"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """One layer of a built network: its number, its name, what it reads and how wide it is."""
-
-    index: int
-    layer: Any
-    name: str
-    inputs: tuple[int, ...]
-    fan_in: int
-    units: int
-    dropout: np.ndarray  # (models,)
-
-    @property
-    def is_dense(self) -> bool:
-        return isinstance(self.layer, Dense)
 
 
 class Network:
@@ -95,7 +78,7 @@ class Network:
         self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
         self.seeds, self.streams = self._seeds(seed)
         self.steps = np.zeros(self.models, np.int64)  # updates made to each model
-        self.places = arrange(*_graph(architecture, n_features, input_dropout), self.models)
+        self.places = arrange(*graph(architecture, n_features, input_dropout), self.models)
         self._limits = [
             (f"{p.name}.W", p.layer.max_norm) for p in self.places if p.is_dense and p.layer.max_norm is not None
         ]
@@ -145,10 +128,10 @@ class Network:
 
         self.parameters, self.gradients = views(self.flat), views(self.flat_gradient)
         self.statistics = {
-            f"{place.name}.{name}": np.full((self.models, place.units), start, self.dtype)
+            f"{place.name}.{name}": np.zeros((self.models, place.units), self.dtype)
             for place in self.places
             if place.is_dense and place.layer.norm == "batch"
-            for name, start in (("mean", 0.0), ("variance", 1.0))
+            for name in ("mean", "variance")
         }
 
     def initialize(self) -> None:
@@ -159,12 +142,17 @@ class Network:
             initializer = get_initializer(place.layer.initializer or place.layer.f.initializer)
             for i in range(self.models):
                 generator = random.generator(
-                    seed=int(self.seeds[i]), purpose=random.Purpose.WEIGHTS, model=int(self.streams[i]), layer=place.index
+                    seed=int(self.seeds[i]),
+                    purpose=random.Purpose.WEIGHTS,
+                    model=int(self.streams[i]),
+                    layer=place.index,
                 )
                 self.parameters[f"{place.name}.W"][i] = initializer.draw(generator, place.units, place.fan_in)
             for name, value in (("b", 0.0), ("gamma", 1.0), ("beta", 0.0)):
                 if f"{place.name}.{name}" in self.parameters:
                     self.parameters[f"{place.name}.{name}"][...] = value
+        for name, values in self.statistics.items():
+            values[...] = 1.0 if name.endswith(".variance") else 0.0
 
     # --- training, piece by piece
 
@@ -246,9 +234,12 @@ class Network:
             self.target_shift, self.target_scale = self._learn(y, rows, "columns")
 
     def _learn(self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        learned = [standardization(values, part, mode=mode) for part in (rows or [None])]
+        parts: list[Any] = list(rows) if rows else [None]
+        learned = [standardization(values, part, mode=mode) for part in parts]
         shape = (self.models, values.shape[1])
-        shift, scale = (np.broadcast_to(np.stack(parts), shape).astype(self.dtype) for parts in zip(*learned, strict=True))
+        shift, scale = (
+            np.broadcast_to(np.stack(stacked), shape).astype(self.dtype) for stacked in zip(*learned, strict=True)
+        )
         return shift, scale
 
     def standardization_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
@@ -344,7 +335,11 @@ class Network:
             RuntimeError: the network's loss is not one over classes, or is not known.
         """
         if self._loss is None or not self._loss.row.is_classifier:
-            known = "is not set: assign network.loss, or train with a Trainer" if self._loss is None else f"is {self._loss.name!r}"
+            known = (
+                "is not set: assign network.loss, or train with a Trainer"
+                if self._loss is None
+                else f"is {self._loss.name!r}"
+            )
             raise RuntimeError(f"predict_proba needs a loss over classes; the network's loss {known}")
         p = output_values(self.logits(X), self._loss.row.output)
         if self._loss.row.output == "sigmoid" and self.n_outputs == 1:
@@ -433,7 +428,9 @@ class Network:
 
     def __repr__(self) -> str:
         sizes = "-".join(str(place.units) for place in self.places)
-        return f"<Network {sizes}{f', {self.models} models' if self.is_fleet else ''}, {self.n_parameters:,} parameters>"
+        return (
+            f"<Network {sizes}{f', {self.models} models' if self.is_fleet else ''}, {self.n_parameters:,} parameters>"
+        )
 
     def save(self, path: Any) -> None:
         """Write the model to one safetensors file; see ``gpumlp.files``. Raises ValueError, OSError."""
@@ -459,44 +456,6 @@ class Network:
         return diagnose(self, X, y, loss)
 
 
-def arrange(first: Node, last: Node, models: int) -> list[Place]:
-    """The places of the graph from ``first`` to ``last``, each after those that it reads.
-
-    Raises:
-        ValueError: a graph that is none, widths that cannot be added, names used twice, rates for other models.
-    """
-    nodes = topological_order(first, last)
-    number = {id(node): i for i, node in enumerate(nodes)}
-    places: list[Place] = []
-    counts: dict[str, int] = {}
-    for i, node in enumerate(nodes):
-        layer, inputs = node.layer, tuple(number[id(x)] for x in node.inputs)
-        widths = [places[j].units for j in inputs]
-        kind = layer.kind
-        units = int(layer.units) if kind in ("input", "dense") else sum(widths) if kind == "concat" else widths[0]
-        if kind == "add" and len(set(widths)) > 1:
-            raise ValueError(f"Add joins nodes of one width, got widths {widths}")
-        name = getattr(layer, "name", None) or (kind if kind == "input" else f"{kind}_{counts.get(kind, 0)}")
-        counts[kind] = counts.get(kind, 0) + 1
-        if not isinstance(name, str) or "." in name or name in {place.name for place in places}:
-            raise ValueError(f"layer name {name!r} must be a string, unique and without a dot")
-        rates = np.asarray(getattr(layer, "dropout", 0.0), np.float64)
-        if rates.ndim and len(rates) != models:
-            raise ValueError(f"dropout of {name} has {len(rates)} values for {models} models; give one, or one for each")
-        places.append(Place(i, layer, name, inputs, sum(widths), units, np.broadcast_to(rates, (models,))))
-    return places
-
-
-def tensor_shapes(places: list[Place]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of a model's parameters: the weights first, so that what is decayed is one stretch of the buffer."""
-    dense = [place for place in places if place.is_dense]
-    shapes: dict[str, tuple[int, ...]] = {f"{place.name}.W": (place.units, place.fan_in) for place in dense}
-    for place in dense:
-        own = ["b"] * place.layer.has_bias + ["gamma", "beta"] * (place.layer.norm is not None)
-        shapes |= {f"{place.name}.{name}": (place.units,) for name in own}
-    return shapes
-
-
 def _part(shift: Any, scale: Any, models: slice) -> tuple[Any, Any]:
     return (None, None) if shift is None else (shift[models, None, :], scale[models, None, :])
 
@@ -509,31 +468,3 @@ def _dtype(dtype: Any) -> np.dtype:
     if found.name not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
     return found
-
-
-def connect(layers: list[Any], inputs: list[tuple[int, ...]]) -> tuple[Node, Node]:
-    """The input and output nodes of the graph in which layer i reads the layers ``inputs[i]``."""
-    nodes = [Node(layers[0])]
-    for layer, reads in zip(layers[1:], inputs[1:], strict=True):
-        nodes.append(layer(*(nodes[i] for i in reads)))
-    return nodes[0], nodes[-1]
-
-
-def _graph(architecture: tuple, n_features: int | None, input_dropout: Any) -> tuple[Node, Node]:
-    """The input and output nodes that Network's positional arguments stand for."""
-    if len(architecture) == 2 and all(isinstance(node, Node) for node in architecture):
-        if n_features is not None or np.any(np.asarray(input_dropout)):
-            raise ValueError("n_features and input_dropout belong to gm.Input(...) where the network is built from nodes")
-        return architecture[0], architecture[1]
-    if len(architecture) != 1 or not isinstance(architecture[0], list | tuple):
-        raise ValueError("Network takes a list of layers, or two nodes: Network([Dense(10)], n_features=4), Network(x, out)")
-    if n_features is None:
-        raise ValueError("a network from a list of layers needs n_features, the number of columns of X")
-    if not architecture[0]:
-        raise ValueError("the list of layers is empty; the last layer, say gm.Dense(10), gives the outputs")
-    node = first = Input(n_features, input_dropout)
-    for layer in architecture[0]:
-        if not isinstance(layer, Dense):
-            raise ValueError(f"a list of layers holds gm.Dense layers, got {layer!r}; join branches with nodes instead")
-        node = layer(node)
-    return first, node

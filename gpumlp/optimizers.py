@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .optimizer_state import OptimizerState
+
 if TYPE_CHECKING:
     from .network import Network
-
-BLOCK = 16_384  # elements: parameter, gradient, two states and a scratch block of float32 fill 320 KB, within L2 caches
 
 Hyper = Any  # a number, or an array (models,)
 
@@ -56,7 +56,7 @@ class Optimizer:
     below_one: ClassVar[tuple[str, ...]] = ("momentum", "beta1", "beta2", "rho")
 
     def __post_init__(self) -> None:
-        self._bound: _Bound | None = None
+        self._bound: OptimizerState | None = None
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, bool) or (value is None and f.default is None):
@@ -102,10 +102,10 @@ class Optimizer:
         self.bind(network).step(slice(0, network.models), rate)
         network.after_update(slice(0, network.models))
 
-    def bind(self, network: Network) -> _Bound:
+    def bind(self, network: Network) -> OptimizerState:
         """Allocate the buffers for ``network``, once."""
         if self._bound is None:
-            self._bound = _Bound(self, network)
+            self._bound = OptimizerState(self, network)
         elif self._bound.network is not network:
             raise ValueError("this optimizer holds the state of another network; make a new one for this network")
         return self._bound
@@ -116,128 +116,17 @@ class Optimizer:
 
     def for_model(self, i: int) -> Any:
         """A fresh optimizer with the hyper-parameters of model ``i``."""
-        picked = {f.name: np.asarray(getattr(self, f.name))[i].item() for f in fields(self) if np.ndim(getattr(self, f.name))}
+        picked = {
+            f.name: np.asarray(getattr(self, f.name))[i].item() for f in fields(self) if np.ndim(getattr(self, f.name))
+        }
         return replace(self, **picked)
 
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters as plain data."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"name": type(self).__name__} | {k: v if v is None else np.asarray(v).tolist() for k, v in values.items()}
-
-
-class _Bound:
-    """An optimizer's buffers for one network, and the blocks that its update works through."""
-
-    def __init__(self, optimizer: Optimizer, network: Network) -> None:
-        self.optimizer, self.network = optimizer, network
-        shape, dtype, models = network.flat.shape, network.flat.dtype, network.models
-        for f in fields(optimizer):
-            value = getattr(optimizer, f.name)
-            if np.ndim(value) and len(value) != models:
-                raise ValueError(f"{f.name} has {len(value)} values for {models} models; give one number, or one for each")
-        self.states = {name: np.zeros(shape, dtype) for name in optimizer.states}
-        self.t = np.zeros(models, np.int64)  # steps taken, per model
-        self.scratch = np.empty(BLOCK, dtype)
-        self._blocks: dict[tuple[int, int], list] = {}
-        self._cuts: dict[tuple[int, int], Optimizer] = {}
-        n = len(optimizer.coefficients(1, 1.0)) if not optimizer.full_batch else 0
-        self.c = np.empty((n, models), dtype)  # the coefficients of this step
-        self.shrink = np.ones((models, 1), dtype)  # 1 - learning_rate weight_decay
-        column = lambda value: np.broadcast_to(np.asarray(value, dtype).reshape(-1, 1), (models, 1))  # noqa: E731
-        self.l1, self.l2 = column(optimizer.l1), column(optimizer.l2)
-        self.has_l1, self.has_l2 = bool(self.l1.any()), bool(self.l2.any())
-        self.has_decay = bool(np.any(optimizer.weight_decay))
-        self.regularises = self.has_l1 or self.has_l2 or self.has_decay
-        self.clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
-
-    def step(self, models: slice, learning_rate: Any) -> None:
-        """One update of the models in ``models``; the others stay as they are."""
-        o = self.optimizer
-        self.t[models] += 1
-        rate, t = _of(learning_rate, models), self.t[models]
-        first = int(t[0])
-        t = first if len(t) == 1 or (t == first).all() else t
-        coefficients = self.cut(models).coefficients(t, rate)
-        if self.network.models == 1:
-            self.c[:, 0] = coefficients
-        else:
-            for c, value in zip(self.c, coefficients, strict=True):
-                c[models] = value
-        if self.clips:
-            self.clip(models)
-        if self.has_decay:
-            self.shrink[models, 0] = 1 - rate * np.asarray(_of(o.weight_decay, models))
-        for arrays, penalties in self.blocks(models):
-            if penalties is not None:
-                self.regularise(*penalties)
-            o.update(*arrays)
-
-    def cut(self, models: slice) -> Optimizer:
-        """The optimizer with its per-model hyper-parameters cut to ``models``; itself where all are numbers."""
-        o, key = self.optimizer, (models.start, models.stop)
-        if key not in self._cuts:
-            parts = {f.name: _of(v, models) for f in fields(o) if np.ndim(v := getattr(o, f.name))}
-            self._cuts[key] = replace(o, **parts) if parts else o
-        return self._cuts[key]
-
-    def clip(self, models: slice) -> None:
-        o, g = self.optimizer, self.network.flat_gradient[models]
-        if o.clip_value is not None:
-            limit = np.asarray(_of(o.clip_value, models), g.dtype).reshape(-1, 1)
-            np.clip(g, -limit, limit, out=g)
-        if o.clip_norm is not None:
-            norm = np.sqrt(np.vecdot(g, g).astype(np.float64))
-            limit = np.asarray(_of(o.clip_norm, models), np.float64)
-            g *= (limit / np.maximum(norm, limit)).astype(g.dtype)[:, None]
-
-    def regularise(self, w, g, scratch, l1, l2, shrink) -> None:
-        """Add the penalties' gradient, l2 w + l1 sign(w), and shrink the weights."""
-        if self.has_l2:
-            np.multiply(w, l2, out=scratch)
-            np.add(g, scratch, out=g)
-        if self.has_l1:
-            np.sign(w, out=scratch)
-            np.multiply(scratch, l1, out=scratch)
-            np.add(g, scratch, out=g)
-        if self.has_decay:
-            np.multiply(w, shrink, out=w)
-
-    def penalty(self) -> np.ndarray:
-        """l1 Σ|w| + ½ l2 Σ w², (models,) float64."""
-        w = self.network.flat[:, : self.network.n_weights].astype(np.float64)
-        return self.l1[:, 0] * np.abs(w).sum(axis=1) + 0.5 * self.l2[:, 0] * np.vecdot(w, w)
-
-    def rebuild(self) -> None:
-        """Forget the views of buffers that were replaced."""
-        self._blocks.clear()
-
-    def blocks(self, models: slice) -> list:
-        """Views of all buffers in blocks of at most BLOCK elements: whole rows of small models, parts of large ones."""
-        key = (models.start, models.stop)
-        if key not in self._blocks:
-            self._blocks[key] = [self._block(*part) for part in self._parts(models)]
-        return self._blocks[key]
-
-    def _parts(self, models: slice):
-        n = self.network
-        size, n_weights = n.flat.shape[1], n.n_weights if self.regularises else 0
-        for is_weights, start, stop in ((True, 0, n_weights), (False, n_weights, size)):
-            if start == stop:
-                continue
-            rows = max(1, BLOCK // (stop - start))
-            width = min(BLOCK, stop - start)
-            for row in range(models.start, models.stop, rows):
-                for column in range(start, stop, width):
-                    yield is_weights, slice(row, min(row + rows, models.stop)), slice(column, min(column + width, stop))
-
-    def _block(self, is_weights: bool, rows: slice, columns: slice) -> tuple:
-        """The arguments of ``update`` and, for weights that are regularised, of ``regularise``."""
-        n = self.network
-        w, g = n.flat[rows, columns], n.flat_gradient[rows, columns]
-        states = [state[rows, columns] for state in self.states.values() if state.shape == n.flat.shape]
-        scratch = self.scratch[: w.size].reshape(w.shape)
-        penalties = (w, g, scratch, self.l1[rows], self.l2[rows], self.shrink[rows]) if is_weights else None
-        return (w, g, *states, scratch, *self.c[:, rows, None]), penalties
+        return {"name": type(self).__name__} | {
+            k: v if v is None else np.asarray(v).tolist() for k, v in values.items()
+        }
 
 
 def _numbers(value: Any) -> np.ndarray:
@@ -247,14 +136,6 @@ def _numbers(value: Any) -> np.ndarray:
     except ValueError:  # a ragged list
         return np.array(np.nan)
     return found.astype(np.float64) if found.dtype.kind in "iuf" else np.array(np.nan)
-
-
-def _of(value: Any, models: slice) -> Any:
-    """The part of a hyper-parameter that belongs to ``models``; a number where that is one model."""
-    if np.ndim(value) == 0:
-        return value
-    part = np.asarray(value, np.float64)[models]
-    return part.item() if len(part) == 1 else part
 
 
 # --- the rows -----------------------------------------------------------------------------------------------------
@@ -456,7 +337,7 @@ class NAdam(Adam):
         return self.beta1 * (1 - 0.5 * 0.96 ** (t * self.momentum_decay))
 
     @staticmethod
-    def update(w, g, m, v, s, beta1, beta2, of_m, of_g, epsilon):
+    def update(w, g, m, v, s, beta1, beta2, of_m, of_g, epsilon):  # type: ignore[override]
         np.multiply(m, beta1, out=m)
         np.add(m, g, out=m)
         np.multiply(v, beta2, out=v)
@@ -512,7 +393,9 @@ class LBFGS(Optimizer):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         super().__post_init__()
         if np.any(self.weight_decay) or self.clip_norm is not None or self.clip_value is not None:
-            raise ValueError("L-BFGS takes l1 and l2; weight_decay, clip_norm and clip_value would break its line search")
+            raise ValueError(
+                "L-BFGS takes l1 and l2; weight_decay, clip_norm and clip_value would break its line search"
+            )
 
     def step(self, network: Network, learning_rate: Hyper = None, evaluate: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One iteration.

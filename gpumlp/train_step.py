@@ -16,12 +16,12 @@ from . import random
 from .augment import Mixup
 from .backends.base import Batch
 from .lbfgs import iterate
+from .optimizers import LBFGS, Optimizer
 from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .losses import Loss
     from .network import Network
-    from .optimizers import Optimizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,14 @@ class TrainStep:
     """
 
     def __init__(
-        self, network: Network, loss: Loss, optimizer: Optimizer, data: Data, batch_size: int, shuffle: bool, augment: tuple
+        self,
+        network: Network,
+        loss: Loss,
+        optimizer: Optimizer,
+        data: Data,
+        batch_size: int,
+        shuffle: bool,
+        augment: tuple,
     ) -> None:
         self.network, self.backend, self.loss, self.data, self.augment = network, network.backend, loss, data, augment
         self.optimizer, self.bound = optimizer, optimizer.bind(network)
@@ -150,7 +157,10 @@ class TrainStep:
                 losses[models] = self._gradient(0, models, n)
             return losses
 
-        losses = iterate(self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=self._repeats)
+        assert isinstance(self.optimizer, LBFGS)
+        losses = iterate(
+            self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=self._repeats
+        )
         losses = np.where(self.active, losses, np.nan)
         moved = any(place.is_dense and place.layer.max_norm is not None for place in network.places)  # by after_update
         self._repeats = not moved and not self.augment and not any(place.dropout.any() for place in network.places)
@@ -187,13 +197,20 @@ class TrainStep:
             m = models if self.per_model_rows else slice(0, 1)
             shift, scale = (None, None) if self.augment else self._input_scaling(models)
             cut = {
-                name: None if (whole := getattr(batch, name)) is None else whole[m, :n] for name in ("raw", "targets", "weights")
+                name: None if (whole := getattr(batch, name)) is None else whole[m, :n]
+                for name in ("raw", "targets", "weights")
             }
             target_shift, target_scale = self.network.target_scaling_of(models, self.per_model_rows)
             self._parts[key] = (
                 workspace,
                 replace(
-                    batch, x=workspace.x, shift=shift, scale=scale, target_shift=target_shift, target_scale=target_scale, **cut
+                    batch,
+                    x=workspace.x,
+                    shift=shift,
+                    scale=scale,
+                    target_shift=target_shift,
+                    target_scale=target_scale,
+                    **cut,
                 ),
                 self.loss if workspace.models == self.workspace.models else self.loss.for_model(models.start),
             )

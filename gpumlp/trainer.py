@@ -39,7 +39,7 @@ class Trainer:
         loss: a name of ``gpumlp.losses.LOSSES`` or a ``Loss`` with options.
         optimizer: a name or an ``Optimizer``; the trainer takes a fresh copy.
         schedule: None, a name of ``gpumlp.schedules.SCHEDULES`` or a schedule: the factor on the learning rate.
-        metrics: a name of ``gpumlp.metrics.METRICS``, or several, that validation reports; None takes the loss's usual one.
+        metrics: one name or several of ``gpumlp.metrics.METRICS`` that validation reports; None: the loss's usual one.
         augment: augmentations of the training batches, in order: ``GaussianNoise``, ``Mixup``, ``RandomShift``.
 
     Attributes:
@@ -72,9 +72,13 @@ class Trainer:
         self.metrics = self._metrics(metrics)
         self.augment = check_augmentation(augment, network)
         if network.standardize_targets and self.loss.row.output != "identity":
-            raise ValueError(f"standardize_targets fits losses over values; {self.loss.name!r} reads its targets as they are")
+            raise ValueError(
+                f"standardize_targets fits losses over values; {self.loss.name!r} reads its targets as they are"
+            )
         if self.loss.row.output == "softmax" and network.n_outputs < 2:
-            raise ValueError("softmax_cross_entropy needs an output for each class, at least 2; for one, use binary_cross_entropy")
+            raise ValueError(
+                "softmax_cross_entropy needs an output for each class, at least 2; for one, use binary_cross_entropy"
+            )
         network.loss = self.loss
         self.epoch = 0  # epochs begun and finished since the trainer was made: the shuffle's counter
         self.position = 0  # steps made in the present epoch
@@ -189,7 +193,7 @@ class Trainer:
 
     # --- the loop's parts
 
-    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool, callbacks: Sequence[Callback]) -> TrainStep:
+    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool, callbacks: Sequence) -> TrainStep:
         """The step for this data, and the counters of a new fit or of the one that is resumed."""
         step = TrainStep(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment)
         self.resumed = self._pending is not None
@@ -204,18 +208,23 @@ class Trainer:
         self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
         return step
 
-    def _take_up(self, pending: dict[str, Any], step: TrainStep, epochs: int, callbacks: Sequence[Callback]) -> None:
+    def _take_up(self, pending: dict[str, Any], step: TrainStep, epochs: int, callbacks: Sequence) -> None:
         """Check that this fit is the one that ``resume`` loaded, then give step and callbacks their parts of it."""
         facts, arrays = pending["facts"], pending["arrays"]
         for name, now in self.fit_facts(step).items():
-            if facts["fit"][name] != now:
-                raise ValueError(f"the resumed training had {name} {facts['fit'][name]!r}, this fit has {now!r}; they must be the same")
+            saved = facts["fit"][name]
+            if saved != now:
+                raise ValueError(
+                    f"the resumed training had {name} {saved!r}, this fit has {now!r}; they must be the same"
+                )
         if epochs < self.epochs_done:
-            raise ValueError(f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too")
-        names = [type(callback).__name__ for callback in callbacks]
-        if facts["callbacks"] != names:
             raise ValueError(
-                f"the saved fit had callbacks {facts['callbacks']}, this one has {names}; give the same ones in the same order"
+                f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too"
+            )
+        saved, names = facts["callbacks"], [type(callback).__name__ for callback in callbacks]
+        if saved != names:
+            raise ValueError(
+                f"the saved fit had callbacks {saved}, this one has {names}; give the same ones in the same order"
             )
         step.begin_epoch(self.epoch)
         step.sums[...] = arrays["sums"]
@@ -327,6 +336,10 @@ class Trainer:
             train, held = split_indices(len(X), validation_split, seed=seed, stratify=y if y.ndim == 1 else None)
             validation = (X[held], y[held], None if weight is None else weight[held])
             X, y, weight = X[train], y[train], None if weight is None else weight[train]
+        if rows is not None and isinstance(self.loss.class_weight, str):
+            raise ValueError(
+                "class_weight='balanced' counts all rows, but rows gives each model its own: give numbers instead"
+            )
         by_class = self.loss.class_weight_of(y, network.n_outputs)
         if by_class is not None:
             weight = (by_class if weight is None else by_class * weight).astype(network.dtype)
@@ -337,16 +350,22 @@ class Trainer:
     def _targets(self, y: Any, n: int, name: str = "y", learn_classes: bool = False) -> np.ndarray:
         """Labels (n,) or targets (n, outputs) as the loss reads them; labels that are no numbers are encoded."""
         network, row = self.network, self.loss.row
+        known = None if learn_classes else network.classes
         classes = None
-        # After training on the numbers 0, 1, ... there are no names; bools are numbers as well.
-        if row.is_classifier and (kind := _names_kind(y)) and (learn_classes or kind != "b" or network.classes is not None):
-            if not learn_classes and network.classes is None:
-                raise ValueError(f"{name} holds names, but the network was trained on labels 0 to {network.n_outputs - 1}; give those")
-            y, classes = encode_labels(y, None if learn_classes else network.classes, name=name)
+        kind = _names_kind(y) if row.is_classifier else ""
+        if kind == "b" and known is None and not learn_classes:
+            kind = ""  # to a network that learned from numbers, bools are numbers as well
+        if kind:
+            if known is None and not learn_classes:
+                numbers = f"labels 0 to {network.n_outputs - 1}"
+                raise ValueError(f"{name} holds names, but the network was trained on {numbers}; give those")
+            y, classes = encode_labels(y, known, name=name)
             expected = max(network.n_outputs, 2)
             if 1 < len(classes) != expected:  # one class alone is refused below
                 raise ValueError(f"{name} has {len(classes)} classes, but the network has outputs for {expected}")
-        values = check_targets(y, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y")
+        values = check_targets(
+            y, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y"
+        )
         if learn_classes and classes is not None:
             network.classes = classes
         return values
@@ -355,7 +374,9 @@ class Trainer:
         if not isinstance(rows, list | tuple | np.ndarray):
             raise TypeError(f"rows={rows!r} must be a list with the row numbers of each model")
         if len(rows) != self.network.models:
-            raise ValueError(f"rows has {len(rows)} entries for {self.network.models} models; give each model its row numbers")
+            raise ValueError(
+                f"rows has {len(rows)} entries for {self.network.models} models; give each model its row numbers"
+            )
         checked = []
         for i, part in enumerate(rows):
             part = np.asarray(part)
@@ -383,6 +404,8 @@ class Trainer:
 
     def save_state(self, path: Any) -> None:
         """Write all that an exact resume needs to one file, at any step: from a callback, or after ``fit`` ended.
+
+        A callback that saves in ``on_epoch_end`` belongs last in the list: those behind it have not seen the epoch yet.
 
         Raises:
             RuntimeError: nothing was trained yet.
@@ -415,8 +438,10 @@ class Trainer:
             if loss.is_classifier:
                 fits &= several == (metric.name == "subset_accuracy") and (metric.name != "roc_auc" or outputs <= 2)
             if not fits:
-                what = "several labels a row" if several else "classes" if loss.is_classifier else "values"
-                raise ValueError(f"metric {metric.name!r} does not fit {loss.name!r} over {what} with {outputs} outputs")
+                over = "several labels a row" if several else "classes" if loss.is_classifier else "values"
+                raise ValueError(
+                    f"metric {metric.name!r} does not fit {loss.name!r} over {over} with {outputs} outputs"
+                )
         return metrics
 
 

@@ -14,7 +14,8 @@ from .backends.base import Dense, Draw, Dropout, Join, Norm
 from .layers import Concat
 
 if TYPE_CHECKING:
-    from .network import Network, Place
+    from .network import Network
+    from .places import Place
 
 Array = Any
 
@@ -183,7 +184,8 @@ class Workspace:
         rates = place.dropout[self.models]
         if not self.training or not rates.any():
             return None
-        keep, out = self._buffer(f"{place.index}.keep", place.units), self._buffer(f"{place.index}.dropped", place.units)
+        keep = self._buffer(f"{place.index}.keep", place.units)
+        out = self._buffer(f"{place.index}.dropped", place.units)
         return Dropout(layer=place.index, rates=rates, x=x, keep=keep, out=out, d=d)
 
     def _buffer(self, name: str, width: int, *, rows: int | None = None, models: slice | None = None) -> Array:

@@ -68,7 +68,21 @@ def test_messages_go_to_standard_error(capsys):
 
 def test_train_evaluate_predict_with_names(capsys, tmp_path, flowers):
     model, scores = tmp_path / "model.safetensors", tmp_path / "scores.csv"
-    code, out, _ = run(capsys, "train", flowers, "--target", "kind", "--epochs", 40, "--batch-size", 16, "--quiet", "--output", model, "--json")
+    code, out, _ = run(
+        capsys,
+        "train",
+        flowers,
+        "--target",
+        "kind",
+        "--epochs",
+        40,
+        "--batch-size",
+        16,
+        "--quiet",
+        "--output",
+        model,
+        "--json",
+    )
     assert code == 0 and json.loads(out)["test"]["accuracy"] > 0.9
     code, out, _ = run(capsys, "evaluate", model, flowers, "--json")
     assert code == 0 and json.loads(out)["accuracy"] > 0.9 and json.loads(out)["rows"] == 150
@@ -97,7 +111,18 @@ def test_regression_answers_in_the_units_of_the_target(capsys, tmp_path, houses)
     model = tmp_path / "model.safetensors"
     arguments = ["--target", "price", "--task", "regression", "--hidden", "32,16", "--activation", "gelu"]
     code, out, _ = run(
-        capsys, "train", houses, *arguments, "--schedule", "cosine", "--epochs", 60, "--quiet", "--output", model, "--json"
+        capsys,
+        "train",
+        houses,
+        *arguments,
+        "--schedule",
+        "cosine",
+        "--epochs",
+        60,
+        "--quiet",
+        "--output",
+        model,
+        "--json",
     )
     assert code == 0 and json.loads(out)["test"]["r2"] > 0.95
     code, out, _ = run(capsys, "predict", model, houses)
@@ -142,7 +167,9 @@ def test_info(capsys):
     code, out, _ = run(capsys, "info", "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["gpumlp"] == gm.__version__ and found["numpy"] == np.__version__ and found["device"].startswith("cpu: ")
+    assert (
+        found["gpumlp"] == gm.__version__ and found["numpy"] == np.__version__ and found["device"].startswith("cpu: ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +202,9 @@ def test_bad_use_is_explained(capsys, tmp_path, monkeypatch, arguments, message)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "digits", "--hidden", "12,x"], ["train", "digits", "--hidden", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["train", "digits", "--hidden", "12,x"], ["train", "digits", "--hidden", "0"]]
+)
 def test_bad_usage_exits_with_2(capsys, arguments):
     assert main(arguments) == 2
     assert "usage: gpumlp" in capsys.readouterr().err

@@ -61,7 +61,11 @@ def test_a_healthy_network_gets_no_sentence():
         ([gm.Dense(20, "relu")], lambda p: p["dense_0.b"].fill(-50), "dense_0: 100% of the units are dead"),
         ([gm.Dense(20, "tanh")], lambda p: p["dense_0.W"].__imul__(40), "dense_0: .*of the activations are saturated"),
         ([gm.Dense(20, "sigmoid", initializer="normal")] * 4, None, "The gradient vanishes: rms dz falls from"),
-        ([gm.Dense(20, "relu")] * 4, lambda p: [p[f"dense_{i}.W"].__imul__(20) for i in (1, 2, 3)], "The gradient explodes"),
+        (
+            [gm.Dense(20, "relu")] * 4,
+            lambda p: [p[f"dense_{i}.W"].__imul__(20) for i in (1, 2, 3)],
+            "The gradient explodes",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(hidden, spoil, sentence):

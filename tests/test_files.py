@@ -539,14 +539,13 @@ def test_resume_in_a_fresh_process(tmp_path):
     whole.fit()
     with pytest.raises(Crash):
         broken.fit(callbacks=[gm.EarlyStopping(2, monitor="val_accuracy"), Saver(tmp_path / "state", STEPS + 3, crash)])
-    here = Path(__file__).parent
+    here, package = Path(__file__).parent, Path(gm.__file__).parents[1]
     fresh = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "state")],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(package), os.environ.get("PYTHONPATH", "")])},
     )
     assert fresh.stdout.strip() == digest(whole.trainer)
 
@@ -565,7 +564,7 @@ def test_after_ctrl_c_the_state_holds_the_weights_that_training_had_reached(at, 
     """EarlyStopping put the best ones back: they are for use, and not what training goes on from."""
     options = {"optimizer": gm.SGD(3.0), "schedule": None}  # a rate so large that the best epoch is not the last
     whole, broken = everything(**options), everything(**options)
-    whole.fit(callbacks=[gm.EarlyStopping(9), gm.EarlyStopping(9, monitor="loss"), ThenCtrlC(0)])
+    whole.fit(callbacks=[gm.EarlyStopping(9, monitor="loss"), gm.EarlyStopping(9), ThenCtrlC(0)])
     reached = {}
 
     class Watch(gm.Callback):
@@ -573,14 +572,14 @@ def test_after_ctrl_c_the_state_holds_the_weights_that_training_had_reached(at, 
             reached["flat"] = trainer.network.flat.copy()
 
     with pytest.warns(UserWarning, match="interrupted"):
-        broken.fit(callbacks=[gm.EarlyStopping(9), gm.EarlyStopping(9, monitor="loss"), ThenCtrlC(at), Watch()])
+        broken.fit(callbacks=[gm.EarlyStopping(9, monitor="loss"), gm.EarlyStopping(9), ThenCtrlC(at), Watch()])
     assert (broken.trainer.network.flat != reached["flat"]).any()
     broken.trainer.callbacks.pop()
     broken.trainer.save_state(tmp_path / "state")
     resumed = everything(**options)
     resumed.trainer.resume(tmp_path / "state")
     np.testing.assert_array_equal(resumed.trainer.network.flat, reached["flat"])
-    resumed.fit(callbacks=[gm.EarlyStopping(9), gm.EarlyStopping(9, monitor="loss"), ThenCtrlC(0)])
+    resumed.fit(callbacks=[gm.EarlyStopping(9, monitor="loss"), gm.EarlyStopping(9), ThenCtrlC(0)])
     same(whole.trainer, resumed.trainer)
 
 

@@ -19,6 +19,7 @@ PACKAGE = Path(gpumlp.__file__).parent
 LINES = """
 __main__
 cli
+commands                what the command line's commands do
 estimators
 __init__                what `import gpumlp` offers
 perceptron plots
@@ -29,12 +30,14 @@ diagnostics             the gradient check, and the health of a network
 train_step
 evaluation              loss and metrics without training
 network
+places                  a graph's layers with their names and widths
 workspace               the buffers of one forward and backward pass
 layers augment
 backends
 losses
 optimizers
 lbfgs                   one iteration of an optimizer that needs more than a row of the table
+optimizer_state         an optimizer at work on one network
 schedules initializers metrics activations
 data
 random

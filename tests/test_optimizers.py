@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from gpumlp import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, Dense, Loss, NAdam, Network, RMSprop, Trainer
-from gpumlp.optimizers import BLOCK, OPTIMIZERS, get_optimizer
+from gpumlp.optimizer_state import BLOCK
+from gpumlp.optimizers import OPTIMIZERS, get_optimizer
 
 STEPWISE = {name: row for name, row in OPTIMIZERS.items() if not row.full_batch}  # L-BFGS has tests/test_lbfgs.py
 DTYPES = {"float64": 1e-11, "float32": 1e-5}  # relative to the largest value, after ten steps

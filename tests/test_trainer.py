@@ -408,7 +408,7 @@ def test_the_same_seed_gives_the_same_bits_in_a_fresh_process():
         space: dict = {}
         exec(SCRIPT.format(seed=seed), space)
         digests[seed] = space["digest"]
-    root = Path(__file__).parents[1]
+    root = Path(gm.__file__).parents[1]  # the package under test, installed or not
     fresh = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(seed=1) + "print(digest)"],
         capture_output=True,

@@ -88,7 +88,8 @@ def check_targets(
         kind: one of `TARGET_KINDS`.
         name: how messages call the argument.
         dtype: float32 or float64, the dtype of targets that are not labels. Rows of probabilities may miss 1 by 1e-3.
-        allow_one_class: accept labels, or 0 and 1 of one output, that are all the same (right for evaluation, pointless for training).
+        allow_one_class: accept labels, or zeros and ones of one output, that are all the same: right for evaluation,
+            pointless for training.
 
     Raises:
         TypeError: not an array.

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -91,13 +91,14 @@ def tanh_grad(z: Array, a: Array, out: Array | None = None) -> Array:
 
 
 def relu(z: Array, out: Array | None = None) -> Array:
-    """a = max(z, 0). By clip: np.maximum with a scalar has no SIMD loop and takes twice as long."""
-    return z.clip(0.0, np.inf, out=_like(z, out))
+    """a = max(z, 0)"""
+    return np.maximum(z, _constant(0.0, z), out=_like(z, out))
 
 
 def relu_grad(z: Array, a: Array, out: Array | None = None) -> Array:
-    """da/dz = 1 for z > 0, else 0: relu'(0) = 0. As a >= 0 that is sign(a), the fastest single pass that keeps NaN."""
-    return np.sign(a, out=_like(a, out))
+    """da/dz = 1 for z > 0, else 0: relu'(0) = 0. As a >= 0 that is ⌈min(a, 1)⌉, half the time of sign(a)."""
+    out = np.minimum(a, _constant(1.0, a), out=_like(a, out))
+    return np.ceil(out, out=out)
 
 
 def leaky_relu(z: Array, out: Array | None = None, *, alpha: float) -> Array:
@@ -421,6 +422,16 @@ def normal_cdf(z: Array) -> Array:
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _constant(value: float, like: Array) -> Array | float:
+    """The number, as an array in the shape of a block: np.maximum has a SIMD loop for two arrays, none for a scalar."""
+    return _constants(value, like.shape, like.dtype) if like.size <= 65_536 else value
+
+
+@lru_cache(maxsize=64)
+def _constants(value: float, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    return np.full(shape, value, dtype)
 
 
 def _like(z: Array, out: Array | None) -> Array:

@@ -177,7 +177,7 @@ def save_state(trainer: Trainer, path: Any) -> None:
     tensors |= {f"optimizer.{name}": values for name, values in step.bound.states.items()}
     tensors |= {name: getattr(network, name) for name in SCALINGS if getattr(network, name) is not None}
     tensors |= {"t": step.bound.t, "steps": network.steps, "active": step.active}
-    tensors["sums"] = step.sums
+    tensors["log"] = step.log
     if hasattr(trainer.schedule, "state"):
         tensors |= {f"schedule.{name}": np.asarray(value) for name, value in trainer.schedule.state().items()}
     for i, callback in enumerate(trainer.callbacks):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .network import Network
     from .optimizers import Optimizer
 
-BLOCK = 16_384  # elements: parameter, gradient, two states and a scratch block of float32 fill 320 KB, within L2 caches
+BLOCK = 32_768  # elements: parameter, gradient, two states and a scratch block of float32 fill 640 KB, within L2 caches
 
 
 class OptimizerState:
@@ -26,9 +26,9 @@ class OptimizerState:
                 raise ValueError(
                     f"{f.name} has {len(value)} values for {models} models; give one number, or one for each"
                 )
-        self.states = {name: np.zeros(shape, dtype) for name in optimizer.states}
+        self.states = {name: network.backend.zeros(shape, dtype) for name in optimizer.states}
         self.t = np.zeros(models, np.int64)  # steps taken, per model
-        self.scratch = np.empty(BLOCK, dtype)
+        self.scratch = network.backend.empty((BLOCK,), dtype)
         self._blocks: dict[tuple[int, int], list] = {}
         self._cuts: dict[tuple[int, int], Optimizer] = {}
         n = len(optimizer.coefficients(1, 1.0)) if not optimizer.full_batch else 0
@@ -125,11 +125,16 @@ class OptimizerState:
     def _block(self, is_weights: bool, rows: slice, columns: slice) -> tuple:
         """The arguments of ``update`` and, for weights that are regularised, of ``regularise``."""
         n = self.network
-        w, g = n.flat[rows, columns], n.flat_gradient[rows, columns]
-        states = [state[rows, columns] for state in self.states.values() if state.shape == n.flat.shape]
+        # One model's numbers as scalars and its buffers as plain vectors: array operations start faster on them.
+        part: Any = rows.start if rows.stop - rows.start == 1 else rows
+        w, g = n.flat[part, columns], n.flat_gradient[part, columns]
+        states = [state[part, columns] for state in self.states.values() if state.shape == n.flat.shape]
         scratch = self.scratch[: w.size].reshape(w.shape)
-        penalties = (w, g, scratch, self.l1[rows], self.l2[rows], self.shrink[rows]) if is_weights else None
-        return (w, g, *states, scratch, *self.c[:, rows, None]), penalties
+        numbers = [values[part, ...] for values in (self.l1, self.l2, self.shrink, *self.c[..., None])]
+        if rows.stop - rows.start == 1:
+            numbers = [values[0, ...] for values in numbers]
+        penalties = (w, g, scratch, *numbers[:3]) if is_weights else None
+        return (w, g, *states, scratch, *numbers[3:]), penalties
 
 
 def _of(value: Any, models: slice) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,19 @@ class Data:
     y: np.ndarray  # (n_samples,) int64 labels or (n_samples, n_outputs)
     weight: np.ndarray | None  # (n_samples,)
     rows: list[np.ndarray] | None  # of each model; None for all rows
+
+
+class Part(NamedTuple):
+    """Some models at a number of rows: views of the buffers, made once."""
+
+    models: slice
+    n: int  # rows
+    order: slice  # of TrainStep.order
+    workspace: Workspace
+    batch: Batch
+    loss: Loss
+    losses: np.ndarray  # of TrainStep.log
+    weights: np.ndarray
 
 
 class TrainStep:
@@ -66,22 +79,24 @@ class TrainStep:
         self.per_model_rows = network.models > 1 and varies
         self.order = np.zeros((network.models if self.per_model_rows else 1, self.counts.max()), np.int64)
         self.workspace = Workspace(network, self.batch_size, training=True, per_model_rows=self.per_model_rows)
-        self._all = [(slice(0, network.models), self.batch_size)]
         self._full_steps = int(self.counts.min() // self.batch_size)  # steps in which every model has a full batch
         self._repeats = False  # the full batch's loss and gradient after the last step are those before the next
-        self._parts: dict[tuple, tuple[Workspace, Batch, Loss]] = {}
-        self._batch = self._buffers()
-        self.sums = np.zeros((2, network.models))  # of weighted losses and of weights, over the epoch so far
+        # Of each step of the epoch: the batch's mean loss, and its weight.
+        self.log = np.zeros((2, network.models, self.steps_per_epoch))
         self.diverged = np.zeros(network.models, bool)  # models whose loss was not finite; retire clears them
+        self.has_diverged = False
         self.lost = np.zeros(network.models, bool)  # all that diverged in this fit
         for i in range(len(self.order)):
             self.order[i, : self.counts[i]] = self.rows[i]
+        self._batch = self._buffers()
+        self._parts: dict[tuple, Part] = {}
+        self._all = [self._part(slice(0, network.models), self.batch_size)]
 
     # --- an epoch
 
     def begin_epoch(self, epoch: int) -> None:
         """Order the rows for ``epoch``: a function of seed and epoch alone."""
-        self.sums[...] = 0.0
+        self.log[...] = 0.0
         if self.shuffle:
             for i, (order, rows, count) in enumerate(zip(self.order, self.rows, self.counts, strict=False)):
                 seed, stream = int(self.network.seeds[i]), int(self.network.streams[i])
@@ -89,7 +104,8 @@ class TrainStep:
 
     def epoch_loss(self) -> np.ndarray:
         """Mean loss of each model over the epoch so far, (models,); NaN before its first step."""
-        loss, weight = self.sums
+        losses, weights = self.log
+        loss, weight = np.vecdot(losses, weights), weights.sum(axis=1)
         return np.divide(loss, weight, out=np.full_like(loss, np.nan), where=weight > 0)
 
     # --- a step
@@ -101,41 +117,39 @@ class TrainStep:
         """
         if self.optimizer.full_batch:
             return self._full_batch_step(learning_rate)
-        groups = self._groups(position)
-        if groups is self._all:
-            return self._step(position, *groups[0], learning_rate)
+        parts = self._groups(position)
+        if parts is self._all:
+            return self._step(position, parts[0], learning_rate)
         losses = np.full(self.network.models, np.nan)
-        for models, n in groups:
-            losses[models] = self._step(position, models, n, learning_rate)
+        for part in parts:
+            losses[part.models] = self._step(position, part, learning_rate)
         return losses
 
-    def _step(self, position: int, models: slice, n: int, learning_rate: Any) -> np.ndarray:
-        loss = self._gradient(position, models, n)
-        if isfinite(np.add.reduce(loss)):
-            parts = [models]
-        else:
-            finite = np.isfinite(loss)
-            self.diverged[models] |= ~finite
-            parts = _single(models, finite)
-        for part in parts:
-            self.backend.update(self.bound, part, learning_rate)
-            self.network.after_update(part)
+    def _step(self, position: int, part: Part, learning_rate: Any) -> np.ndarray:
+        loss = self._gradient(position, part)
+        for models in [part.models] if _all_finite(loss) else self._finite(part.models, loss):
+            self.backend.update(self.bound, models, learning_rate)
+            self.network.after_update(models)
         return loss
 
-    def _gradient(self, position: int, models: slice, n: int) -> np.ndarray:
+    def _finite(self, models: slice, loss: np.ndarray) -> list[slice]:
+        """The models whose loss is finite, one by one; the others are noted."""
+        finite = np.isfinite(loss)
+        self.diverged[models] |= ~finite
+        self.has_diverged = True
+        return [slice(i, i + 1) for i, ok in zip(range(models.start, models.stop), finite, strict=True) if ok]
+
+    def _gradient(self, position: int, part: Part) -> np.ndarray:
         """Gather, forward, loss, backward."""
-        workspace, batch, own_loss = self._part(models, n)
-        start = position * self.batch_size
-        rows = models if self.per_model_rows else slice(0, 1)
-        self.backend.gather(batch, self.order[rows, start : start + n])
+        workspace, batch, start = part.workspace, part.batch, position * self.batch_size
+        self.backend.gather(batch, self.order[part.order, start : start + part.n])
         if self.augment:
             self._augment(workspace, batch)
         z = workspace.forward()
-        loss = self.backend.loss(own_loss, z, batch.targets, batch.weights, workspace.dz)
+        loss = self.backend.loss(part.loss, z, batch.targets, batch.weights, workspace.dz)
         workspace.backward()
-        weight = n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
-        self.sums[0, models] += loss * weight
-        self.sums[1, models] += weight
+        part.losses[:, position] = loss
+        part.weights[:, position] = part.n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
         return loss
 
     def _augment(self, workspace: Workspace, batch: Batch) -> None:
@@ -151,10 +165,9 @@ class TrainStep:
         network, groups = self.network, self._groups(0)
 
         def evaluate() -> np.ndarray:
-            self.sums[...] = 0.0
             losses = np.zeros(network.models)
-            for models, n in groups:
-                losses[models] = self._gradient(0, models, n)
+            for part in groups:
+                losses[part.models] = self._gradient(0, part)
             return losses
 
         assert isinstance(self.optimizer, LBFGS)
@@ -164,10 +177,11 @@ class TrainStep:
         losses = np.where(self.active, losses, np.nan)
         moved = any(place.is_dense and place.layer.max_norm is not None for place in network.places)  # by after_update
         self._repeats = not moved and not self.augment and not any(place.dropout.any() for place in network.places)
-        self.sums[...] = losses, np.isfinite(losses)
+        self.log[:, :, 0] = losses, np.isfinite(losses)
         self.diverged |= self.active & ~np.isfinite(losses)
-        for models, _ in groups:
-            network.after_update(models)
+        self.has_diverged = bool(self.diverged.any())
+        for part in groups:
+            network.after_update(part.models)
         return losses
 
     # --- which models, how many rows
@@ -175,46 +189,45 @@ class TrainStep:
     def retire(self, models: np.ndarray) -> None:
         """Train the models of the mask no further in this fit."""
         self.active &= ~models
-        self.diverged[...] = False
+        self.diverged[...], self.has_diverged = False, False
         if not self.active.all():
             self._full_steps = 0
 
-    def _groups(self, position: int) -> list[tuple[slice, int]]:
+    def _groups(self, position: int) -> list[Part]:
         """The models that have rows left at this step, together where they have equally many, else one by one."""
         if position < self._full_steps:
             return self._all
         left = np.where(self.active, np.minimum(self.counts - position * self.batch_size, self.batch_size), 0)
         first = int(left[0])
         if first > 0 and (left == first).all():
-            return [(slice(0, self.network.models), first)]
-        return [(slice(i, i + 1), int(n)) for i, n in enumerate(left) if n > 0]
+            return [self._part(slice(0, self.network.models), first)]
+        return [self._part(slice(i, i + 1), int(n)) for i, n in enumerate(left) if n > 0]
 
-    def _part(self, models: slice, n: int) -> tuple[Workspace, Batch, Loss]:
+    def _part(self, models: slice, n: int) -> Part:
         """Buffers and loss cut to ``n`` rows of ``models``, which are all models or one."""
         key = (models.start, models.stop, n)
         if key not in self._parts:
-            workspace, batch = self.workspace.view(models, n), self._batch
-            m = models if self.per_model_rows else slice(0, 1)
-            shift, scale = (None, None) if self.augment else self._input_scaling(models)
-            cut = {
-                name: None if (whole := getattr(batch, name)) is None else whole[m, :n]
-                for name in ("raw", "targets", "weights")
-            }
-            target_shift, target_scale = self.network.target_scaling_of(models, self.per_model_rows)
-            self._parts[key] = (
-                workspace,
-                replace(
-                    batch,
-                    x=workspace.x,
-                    shift=shift,
-                    scale=scale,
-                    target_shift=target_shift,
-                    target_scale=target_scale,
-                    **cut,
-                ),
-                self.loss if workspace.models == self.workspace.models else self.loss.for_model(models.start),
-            )
+            self._parts[key] = self._make_part(models, n)
         return self._parts[key]
+
+    def _make_part(self, models: slice, n: int) -> Part:
+        workspace, batch = self.workspace.view(models, n), self._batch
+        rows = models if self.per_model_rows else slice(0, 1)
+        shift, scale = (None, None) if self.augment else self._input_scaling(models)
+        target_shift, target_scale = self.network.target_scaling_of(models, self.per_model_rows)
+        own = replace(
+            batch,
+            x=workspace.x,
+            raw=None if batch.raw is None else batch.raw[rows, :n],
+            targets=batch.targets[rows, :n],
+            weights=None if batch.weights is None else batch.weights[rows, :n],
+            shift=shift,
+            scale=scale,
+            target_shift=target_shift,
+            target_scale=target_scale,
+        )
+        loss = self.loss if workspace.models == self.workspace.models else self.loss.for_model(models.start)
+        return Part(models, n, rows, workspace, own, loss, *self.log[:, models])
 
     def _input_scaling(self, models: slice) -> tuple[Any, Any]:
         return self.network.standardization_of(models, self.per_model_rows)
@@ -241,6 +254,5 @@ class TrainStep:
         )
 
 
-def _single(models: slice, keep: np.ndarray) -> list[slice]:
-    """The models of a slice that are to be kept, one by one."""
-    return [slice(i, i + 1) for i, kept in zip(range(models.start, models.stop), keep, strict=True) if kept]
+def _all_finite(loss: np.ndarray) -> bool:
+    return isfinite(loss[0]) if len(loss) == 1 else bool(np.isfinite(loss).all())

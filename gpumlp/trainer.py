@@ -162,7 +162,7 @@ class Trainer:
                     while self.position < step.steps_per_epoch and self.stopped == "epochs":
                         loss = step.run(self.position, rates[self.position])
                         self.position += 1
-                        if step.diverged.any():
+                        if step.has_diverged:
                             self._diverged(step, loss, rates[self.position - 1])
                         for observe in on_step:
                             observe(self, loss)
@@ -227,7 +227,7 @@ class Trainer:
                 f"the saved fit had callbacks {saved}, this one has {names}; give the same ones in the same order"
             )
         step.begin_epoch(self.epoch)
-        step.sums[...] = arrays["sums"]
+        step.log[...] = arrays["log"]
         step.retire(~arrays["active"])
         for i, callback in enumerate(callbacks):
             prefix = f"callbacks.{i}."

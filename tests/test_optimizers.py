@@ -109,9 +109,9 @@ PER_MODEL = {  # three models each with its own
 }
 SHAPES = {
     "small": dict(units=5, n_features=4),
-    "several blocks": dict(units=131, n_features=127),  # 16,637 weights
+    "several blocks": dict(units=131, n_features=257),  # 33,667 weights
     "fleet": dict(units=5, n_features=4, models=3),
-    "fleet of several blocks": dict(units=131, n_features=127, models=3),
+    "fleet of several blocks": dict(units=131, n_features=257, models=3),
 }
 
 

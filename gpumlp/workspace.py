@@ -89,7 +89,7 @@ class Workspace:
     # --- the buffers
 
     def _build(self) -> None:
-        network, places = self.network, self.network.places
+        places = self.network.places
         self.x = self._buffer("x", places[0].units, models=self.models if self.per_model_rows else slice(0, 1))
         outputs: list[Array] = []  # of each place
         gradients: list[Array] = []  # with respect to them

@@ -1,0 +1,22 @@
+"""The README's Python runs as printed, block after block in one session."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+    if not README.exists():
+        pytest.skip("the README is not shipped with an installed package")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
+    assert len(blocks) >= 4
+    session: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), session)
+    out = capsys.readouterr().out
+    assert "19,210 parameters" in out and "accuracy" in out
+    assert len(session["best"].predict(session["data"].X_test)) == len(session["data"].X_test)

@@ -1,14 +1,15 @@
-"""gpumlp: multi-layer perceptrons on the GPU, with NumPy as the fallback and the definition of every answer.
+"""gpumlp: multi-layer perceptrons with a training step of their own; NumPy is the definition of every answer.
 
 Public is what this module lists; each name's home has the details.
 """
 
-from . import plots  # matplotlib is imported when a picture is drawn
+from . import data, plots  # matplotlib is imported when a picture is drawn
 from .activations import Activation
 from .augment import GaussianNoise, Mixup, RandomShift
 from .callbacks import Callback, CSVLogger, EarlyStopping, ProgressBar, TensorBoard
+from .container import FileError
 from .data import batches
-from .files import FileError, load
+from .files import load
 from .layers import Add, Concat, Dense, Input
 from .losses import Loss
 from .network import Network
@@ -54,6 +55,7 @@ __all__ = [
     "TensorBoard",
     "Trainer",
     "batches",
+    "data",
     "load",
     "plots",
 ]

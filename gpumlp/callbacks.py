@@ -96,7 +96,7 @@ class EarlyStopping(Callback):
     def __init__(
         self, patience: int = 5, *, monitor: str | None = None, min_delta: float = 0.0, restore_best: bool = True
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        if isinstance(patience, bool) or not isinstance(patience, int | np.integer) or patience < 1:
             raise ValueError(f"patience={patience!r} must be an integer of at least 1")
         if not 0 <= min_delta < np.inf:
             raise ValueError(f"min_delta={min_delta!r} must be a number of at least 0")

@@ -20,9 +20,9 @@ from . import __version__, plots
 from .augment import GaussianNoise, Mixup, RandomShift
 from .backends import get_backend
 from .callbacks import CSVLogger, EarlyStopping
+from .container import write_atomically
 from .data import Dataset, encode_labels, load, read_rows, split_indices
 from .files import load as load_model
-from .files import write_atomically
 from .layers import Dense
 from .losses import LOSSES, Loss
 from .network import Network
@@ -49,13 +49,17 @@ def train(options: argparse.Namespace) -> Result:
         f"{data.name}: {data.task}, {len(X)} rows to train on, {len(X_test)} to test on, {X.shape[1]} features",
     )
     network, loss = _network(options, data)
+    if options.warmup and options.schedule != "cosine":
+        raise ValueError("--warmup belongs to --schedule cosine; one_cycle warms up by itself")
     schedule = Cosine(warmup=options.warmup) if options.schedule == "cosine" else get_schedule(options.schedule)
     trainer = Trainer(network, loss, _optimizer(options), schedule=schedule, augment=_augmentation(options, data))
     _say(options, network.summary())
     callbacks: list[Any] = [CSVLogger(options.log)] if options.log else []
     validation = (X_test, y_test)
-    if options.patience is not None:  # rows that choose the epoch must not be those that judge it
+    if options.patience is not None:
         callbacks.append(EarlyStopping(options.patience))
+    if options.patience is not None or options.schedule == "plateau":
+        # Rows that choose the epoch or the learning rate must not be those that judge the result.
         X, y, *held = _hold_out(X, y, 0.1, options.seed, y if data.classes is not None else None)
         validation = (held[0], held[1])
     history = trainer.fit(
@@ -91,6 +95,8 @@ def _check_outputs(options: argparse.Namespace, data: Dataset) -> None:
     """Refuse files that could not be written in the end."""
     pictures = (options.plot, options.confusion, options.boundary)
     for path in (options.output, options.log, *pictures):
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: the folder {Path(path).absolute().parent} does not exist")
     if any(pictures):
@@ -164,10 +170,14 @@ def _write(
     """Model and pictures; returns what was written where."""
     if options.output:
         network.save(options.output)
+    if options.plot and not history:
+        _say(options, f"{options.plot} is not drawn: training ended before its first epoch did")
+        options.plot = None
     if options.plot:
         plots.learning_curves(history, options.plot)
     if options.confusion and data.classes is not None:
-        plots.confusion_matrix(data.classes[y_test], network.predict(X_test), list(data.classes), options.confusion)
+        predicted, _ = encode_labels(network.predict(X_test), data.classes, name="predictions")
+        plots.confusion_matrix(y_test, predicted, list(data.classes), options.confusion)
     if options.boundary and data.classes is not None:
         plots.decision_boundary(network, X_test, data.classes[y_test], options.boundary)
     elif options.boundary:
@@ -196,7 +206,7 @@ def _measure(trainer: Trainer, X: np.ndarray, y: np.ndarray) -> dict[str, float]
 
 def evaluate(options: argparse.Namespace) -> Result:
     """Loss and metrics of a saved model on a data set: its test rows where it has some, else all rows."""
-    network = load_model(options.model, options.device)
+    network = _load_one(options)
     if network.loss is None:
         raise ValueError(
             f"{options.model} holds no loss to evaluate by; train it with a Trainer, or assign network.loss"
@@ -217,8 +227,9 @@ def evaluate(options: argparse.Namespace) -> Result:
         X = X[:, [data.feature_names.index(name) for name in network.feature_names]]
     if X.shape[1] != network.n_features:
         raise ValueError(f"{options.model} takes {network.n_features} features, {options.data} has {X.shape[1]}")
-    if data.classes is not None and network.classes is not None:
-        y = encode_labels(data.classes[y], network.classes, name=f"{options.data}: target")[0]
+    if data.classes is not None:
+        known = np.arange(max(network.n_outputs, 2)) if network.classes is None else network.classes
+        y = encode_labels(data.classes[y], known, name=f"{options.data}: target")[0]
     found = _measure(Trainer(network, network.loss), X, y)
     rows = {"rows": len(X)}
     return {
@@ -232,7 +243,7 @@ def evaluate(options: argparse.Namespace) -> Result:
 def predict(options: argparse.Namespace) -> Result:
     """Predictions of a saved model for rows without targets, as CSV."""
 
-    network = load_model(options.model, options.device)
+    network = _load_one(options)
     X, _ = read_rows(options.rows, network.feature_names)
     if options.proba:
         if network.loss is None or not network.loss.row.is_classifier:
@@ -286,6 +297,16 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _load_one(options: argparse.Namespace) -> Network:
+    network = load_model(options.model, options.device)
+    if network.is_fleet:
+        raise ValueError(
+            f"{options.model} holds a fleet of {network.models} models; save one of them: "
+            f"gpumlp.load({str(options.model)!r})[0].save(...)"
+        )
+    return network
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

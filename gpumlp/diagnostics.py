@@ -10,7 +10,8 @@ import numpy as np
 from . import random
 from .backends.base import Dense
 from .data.checks import check_X
-from .losses import get_loss
+from .fit_data import scaled_targets, targets_for
+from .losses import Loss, get_loss
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ def gradient_check(network: Network, X: Any, y: Any, loss: Any = None) -> dict[s
         raise ValueError("gradient_check needs a loss: pass one, or assign network.loss")
     loss = network.loss if loss is None else get_loss(loss)
     twin = network.copy(dtype="float64")
-    X = np.asarray(X, np.float64)
+    X = check_X(X, network.n_features, dtype=np.float64)
+    targets = _fitted_targets(twin, loss, y, len(X))
     running = {name: values.copy() for name, values in twin.statistics.items()}
 
     def value_and_gradient() -> np.ndarray:
-        logits = twin.forward(X)
-        value, dz = loss(logits, y)
+        value, dz = loss(twin.forward(X), targets)
         twin.backward(dz)
         for name, values in running.items():  # a training step moves the running statistics: put them back
             twin.statistics[name][...] = values
@@ -126,7 +127,11 @@ def diagnose(network: Network, X: Any, y: Any = None, loss: Any = None) -> Diagn
     """
     if network.is_fleet:
         raise ValueError("diagnose looks at one network; take a model of the fleet: network[0].diagnose(X)")
-    X = check_X(X, network.n_features)[:ROWS]
+    X = check_X(X, network.n_features)
+    n, X = len(X), X[:ROWS]
+    if network.standardize is not None and network.shift is None:  # as the fit to come will do
+        network = network.copy()
+        network.learn_standardization(X, np.zeros((len(X), network.n_outputs)))
     workspace = Workspace(network, len(X), training=True, per_model_rows=False)
     np.copyto(workspace.x, X, casting="unsafe")
     network.backend.standardize(workspace.x, *network.standardization_of(workspace.models, False))
@@ -144,7 +149,7 @@ def diagnose(network: Network, X: Any, y: Any = None, loss: Any = None) -> Diagn
         chosen = network.loss if loss is None else get_loss(loss)
         if chosen is None:
             raise ValueError("diagnose needs a loss for y: pass one, or assign network.loss")
-        workspace.dz[0] = chosen(z[0], np.asarray(y)[: len(X)])[1]
+        workspace.dz[0] = chosen(z[0], _fitted_targets(network, chosen, y, n)[: len(X)])[1]
     workspace.backward()
     layers = []
     for place, op, (dead, saturated), (mean, std) in zip(
@@ -155,6 +160,14 @@ def diagnose(network: Network, X: Any, y: Any = None, loss: Any = None) -> Diagn
         layers.append(LayerHealth(place.name, mean, std, dead, saturated, rms, norm))
     network.flat_gradient[...] = kept
     return Diagnosis(layers, _messages(network, layers, spread))
+
+
+def _fitted_targets(network: Network, loss: Loss, y: Any, n: int) -> np.ndarray:
+    """Targets as a training step sees them: names encoded, values in the units that the network fits."""
+    if network.is_fleet and np.ndim(y) > 1 and np.shape(y)[:2] == (network.models, n):
+        return np.asarray(y)  # rows of each model's own, for the loss to check
+    scaled = scaled_targets(network, targets_for(network, loss, y, n, "diagnosed y"))
+    return scaled if network.is_fleet and len(scaled) > 1 else scaled[0]
 
 
 def _shares(op: Dense) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .fit_data import scaled_targets
 from .losses import Loss, output_values
 from .metrics import Metric
 
@@ -27,19 +28,15 @@ def evaluate(
     for start, part in network.logits_of(X):
         stop = start + part.shape[1]
         z[:, start:stop] = part
-        rows[:, start:stop] = loss.f(part, _scaled(network, y[start:stop]), np.empty_like(part))
-    found = {"loss": np.average(rows, axis=1, weights=weight)}
+        rows[:, start:stop] = loss.f(part, scaled_targets(network, y[start:stop]), np.empty_like(part))
+    by_class = loss.class_weight_of(y, network.n_outputs)  # in the loss as in training, but in no metric
+    own = by_class if weight is None else weight if by_class is None else weight * by_class
+    found = {"loss": np.average(rows, axis=1, weights=own)}
     for metric in metrics:
         found[metric.name] = np.array(
             [metric.f(*_sides(network, loss, metric, z, y, i), weight) for i in range(network.models)]
         )
     return found
-
-
-def _scaled(network: Network, y: np.ndarray) -> np.ndarray:
-    """Targets (models or 1, rows[, outputs]) in the units that the network fits."""
-    shift, scale = network.target_scaling_of(slice(0, network.models), True)
-    return y[None] if shift is None else (y[None] - shift) * scale
 
 
 def _sides(network: Network, loss: Loss, metric: Metric, z: np.ndarray, y: np.ndarray, i: int) -> tuple:

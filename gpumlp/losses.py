@@ -398,7 +398,7 @@ class Loss:
 
     def describe(self) -> dict[str, Any]:
         """The name and the options that differ from the row's defaults, as plain data."""
-        changed = {k: np.asarray(v).tolist() for k, v in self.options.items() if v is not self.row.options[k]}
+        changed = {k: np.asarray(v).tolist() for k, v in self.options.items() if np.any(v != self.row.options[k])}
         return {"name": self.name} | changed
 
     def __repr__(self) -> str:

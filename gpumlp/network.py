@@ -85,11 +85,6 @@ class Network:
         self.n_features, self.n_outputs = self.places[0].units, self.places[-1].units
         self._allocate()
         self.initialize()
-        self.shift: np.ndarray | None = None  # (models, n_features), with scale: what standardisation learned
-        self.scale: np.ndarray | None = None
-        self.target_shift: np.ndarray | None = None  # (models, n_outputs), with target_scale
-        self.target_scale: np.ndarray | None = None
-        self.classes: np.ndarray | None = None
         self.feature_names: list[str] | None = None
         self.target_names: list[str] | None = None
         self._loss: Loss | None = None
@@ -135,7 +130,13 @@ class Network:
         }
 
     def initialize(self) -> None:
-        """Draw the weights anew from the seeds: W by each layer's initializer, b = 0, γ = 1, β = 0."""
+        """Begin anew from the seeds: W by each layer's initializer, b = 0, γ = 1, β = 0, nothing learned of the data."""
+        self.steps[...] = 0
+        self.shift: np.ndarray | None = None  # (models, n_features), with scale: what standardisation learned
+        self.scale: np.ndarray | None = None
+        self.target_shift: np.ndarray | None = None  # (models, n_outputs), with target_scale
+        self.target_scale: np.ndarray | None = None
+        self.classes = None
         for place in self.places:
             if not place.is_dense:
                 continue
@@ -232,6 +233,7 @@ class Network:
             self.shift, self.scale = self._learn(X, rows, self.standardize)
         if self.standardize_targets:
             self.target_shift, self.target_scale = self._learn(y, rows, "columns")
+            self.target_scale[self.target_scale == 0] = 1.0  # predictions divide by it
 
     def _learn(self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
         parts: list[Any] = list(rows) if rows else [None]
@@ -257,6 +259,14 @@ class Network:
         return _part(self.target_shift, self.target_scale, models if per_model_rows else slice(0, 1))
 
     # --- prediction
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        return self._classes
+
+    @classes.setter
+    def classes(self, classes: Any) -> None:
+        self._classes = None if classes is None else np.asarray(classes)
 
     @property
     def loss(self) -> Loss | None:

@@ -194,7 +194,8 @@ class SGD(Optimizer):
 class RMSprop(Optimizer):
     """v ← ρ v + (1 - ρ) g²; w ← w - η g / (√v + ε) (Hinton 2012, lecture 6e).
 
-    The lecture's form with ε inside the root differs by at most √ε in the denominator: give ε its root.
+    The lecture's form has ε inside the root, √(v + ε'). Both bound the step by η |g| over the same smallest denominator
+    where ε = √ε': give that; in between they differ, as √(v + ε') ≤ √v + √ε'. Adadelta below has ε inside.
     """
 
     learning_rate: Hyper = 1e-2
@@ -220,7 +221,10 @@ class RMSprop(Optimizer):
 
 @dataclass
 class Adagrad(Optimizer):
-    """v ← v + g²; w ← w - η g / (√v + ε) (Duchi, Hazan & Singer 2011, section 1.3)."""
+    """v ← v + g²; w ← w - η g / (√v + ε) (Duchi, Hazan & Singer 2011, section 1.3).
+
+    The paper's δ stands outside the root as ε does here; for the lecture's √(v + ε') give ε = √ε', see ``RMSprop``.
+    """
 
     learning_rate: Hyper = 1e-2
     epsilon: Hyper = 1e-10
@@ -280,8 +284,9 @@ class Adam(Optimizer):
     """m ← β₁ m + (1 - β₁) g; v ← β₂ v + (1 - β₂) g²; w ← w - η m̂ / (√v̂ + ε) (Kingma & Ba 2015, algorithm 1).
 
     m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ). The buffers hold m / (1 - β₁) and v / (1 - β₂), which saves two of twelve
-    passes; the factors are in the step's coefficients. The lecture's form without bias corrections takes a learning rate
-    that grows over the first 1 / (1 - β₂) steps.
+    passes; the factors are in the step's coefficients. The lecture's form without bias corrections is this one with the
+    learning rate of step t multiplied by (1 - β₁ᵗ) / √(1 - β₂ᵗ), and ε divided by √(1 - β₂ᵗ): in a loop of one's own,
+    ``optimizer.step(network, learning_rate=...)``.
     """
 
     beta1: Hyper = 0.9

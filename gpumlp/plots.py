@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpumlp import metrics
+from . import metrics
+from .container import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -498,11 +499,5 @@ def _saved(figure: Figure, path: Path | None) -> Figure:
         return figure
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix.lower().removeprefix("."))
-    # A reader of `path` sees the old picture or the new one, never half of one.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(picture.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, picture.getvalue())
     return figure

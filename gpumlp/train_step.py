@@ -6,7 +6,7 @@ may differ in number: the last batches of an epoch then are shorter for some mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from . import random
 from .augment import Mixup
 from .backends.base import Batch
+from .fit_data import Data
 from .lbfgs import iterate
 from .optimizers import LBFGS, Optimizer
 from .workspace import Workspace
@@ -22,16 +23,6 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     from .losses import Loss
     from .network import Network
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a fit reads: checked arrays, and which rows each model sees."""
-
-    X: np.ndarray  # (n_samples, n_features)
-    y: np.ndarray  # (n_samples,) int64 labels or (n_samples, n_outputs)
-    weight: np.ndarray | None  # (n_samples,)
-    rows: list[np.ndarray] | None  # of each model; None for all rows
 
 
 class Part(NamedTuple):

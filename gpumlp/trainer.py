@@ -14,15 +14,15 @@ import numpy as np
 
 from .augment import check_augmentation
 from .callbacks import Callback, ProgressBar, check_callbacks, end_all, hooks
-from .data.checks import check_integer, check_number, check_sample_weight, check_targets, check_X, encode_labels
-from .data.splits import split_indices
+from .data.checks import check_integer, check_number, check_sample_weight, check_X
 from .evaluation import evaluate
+from .fit_data import Data, prepare, targets_for
 from .losses import Loss, get_loss
 from .metrics import Metric, get_metric
 from .network import Network
 from .optimizers import Optimizer, get_optimizer
 from .schedules import Schedule, get_schedule
-from .train_step import Data, TrainStep
+from .train_step import TrainStep
 
 History = dict[str, list]
 
@@ -142,7 +142,10 @@ class Trainer:
         if time_limit is not None:
             check_number(time_limit, "time_limit", 0, np.inf, "()")
         check_callbacks(callbacks)
-        data, validation = self._prepare(X, y, sample_weight, rows, validation_data, validation_split)
+        fresh = not self.network.steps.any() and self._pending is None  # nothing learned yet: classes and scales are
+        data, validation = prepare(
+            self.network, self.loss, X, y, sample_weight, rows, validation_data, validation_split, learn=fresh
+        )
         step = self._begin(data, epochs, batch_size, shuffle, callbacks)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         observers = [*callbacks] if own_bar else [ProgressBar(progress), *callbacks]
@@ -307,84 +310,6 @@ class Trainer:
             self.network.copy_weights(self._last, np.ones(self.network.models, bool))
         self.network.set_weights(weights, models)
 
-    # --- data
-
-    def _prepare(self, X, y, sample_weight, rows, validation_data, validation_split) -> tuple[Data, tuple | None]:
-        """Check everything, encode labels, learn standardisation: what the loop reads, and what validation reads."""
-        network = self.network
-        X = check_X(X, network.n_features, dtype=network.dtype)
-        learning = not network.steps.any() and self._pending is None
-        y = self._targets(y, len(X), learn_classes=learning)
-        validation = None
-        if validation_split is not None:
-            check_number(validation_split, "validation_split", 0, 1, "()")
-            if validation_data is not None:
-                raise ValueError("give validation_data or validation_split, not both")
-        if validation_data is not None:
-            if not isinstance(validation_data, tuple | list) or len(validation_data) not in (2, 3):
-                raise ValueError("validation_data must be (X, y) or (X, y, sample_weight)")
-            X_val = check_X(validation_data[0], network.n_features, name="validation X", dtype=network.dtype)
-            weight = check_sample_weight(validation_data[2], len(X_val)) if len(validation_data) == 3 else None
-            validation = (X_val, self._targets(validation_data[1], len(X_val), name="validation y"), weight)
-        if rows is not None:
-            rows = self._check_rows(rows, len(X))
-        weight = None if sample_weight is None else check_sample_weight(sample_weight, len(X), dtype=network.dtype)
-        if validation_split is not None:
-            if rows is not None:
-                raise ValueError("validation_split would cut across rows; give validation_data")
-            seed = int(network.seeds[0])
-            train, held = split_indices(len(X), validation_split, seed=seed, stratify=y if y.ndim == 1 else None)
-            validation = (X[held], y[held], None if weight is None else weight[held])
-            X, y, weight = X[train], y[train], None if weight is None else weight[train]
-        if rows is not None and isinstance(self.loss.class_weight, str):
-            raise ValueError(
-                "class_weight='balanced' counts all rows, but rows gives each model its own: give numbers instead"
-            )
-        by_class = self.loss.class_weight_of(y, network.n_outputs)
-        if by_class is not None:
-            weight = (by_class if weight is None else by_class * weight).astype(network.dtype)
-        if learning:
-            network.learn_standardization(X, y, rows)
-        return Data(X, y, weight, rows), validation
-
-    def _targets(self, y: Any, n: int, name: str = "y", learn_classes: bool = False) -> np.ndarray:
-        """Labels (n,) or targets (n, outputs) as the loss reads them; labels that are no numbers are encoded."""
-        network, row = self.network, self.loss.row
-        known = None if learn_classes else network.classes
-        classes = None
-        kind = _names_kind(y) if row.is_classifier else ""
-        if kind == "b" and known is None and not learn_classes:
-            kind = ""  # to a network that learned from numbers, bools are numbers as well
-        if kind:
-            if known is None and not learn_classes:
-                numbers = f"labels 0 to {network.n_outputs - 1}"
-                raise ValueError(f"{name} holds names, but the network was trained on {numbers}; give those")
-            y, classes = encode_labels(y, known, name=name)
-            expected = max(network.n_outputs, 2)
-            if 1 < len(classes) != expected:  # one class alone is refused below
-                raise ValueError(f"{name} has {len(classes)} classes, but the network has outputs for {expected}")
-        values = check_targets(
-            y, n, network.n_outputs, row.targets, name=name, dtype=network.dtype, allow_one_class=name != "y"
-        )
-        if learn_classes and classes is not None:
-            network.classes = classes
-        return values
-
-    def _check_rows(self, rows: Sequence[Any], n: int) -> list[np.ndarray]:
-        if not isinstance(rows, list | tuple | np.ndarray):
-            raise TypeError(f"rows={rows!r} must be a list with the row numbers of each model")
-        if len(rows) != self.network.models:
-            raise ValueError(
-                f"rows has {len(rows)} entries for {self.network.models} models; give each model its row numbers"
-            )
-        checked = []
-        for i, part in enumerate(rows):
-            part = np.asarray(part)
-            if part.ndim != 1 or not len(part) or part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= n:
-                raise ValueError(f"rows[{i}] must hold integers from 0 to {n - 1}, at least one")
-            checked.append(part.astype(np.int64))
-        return checked
-
     # --- evaluation
 
     def evaluate(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, Any]:
@@ -394,7 +319,7 @@ class Trainer:
         """
         X = check_X(X, self.network.n_features, dtype=self.network.dtype)
         weight = None if sample_weight is None else check_sample_weight(sample_weight, len(X))
-        return self._evaluate(X, self._targets(y, len(X), name="evaluation y"), weight)
+        return self._evaluate(X, targets_for(self.network, self.loss, y, len(X), "evaluation y"), weight)
 
     def _evaluate(self, X: np.ndarray, y: np.ndarray, weight: np.ndarray | None) -> dict[str, Any]:
         found = evaluate(self.network, self.loss, self.metrics, X, y, weight)
@@ -411,7 +336,7 @@ class Trainer:
             RuntimeError: nothing was trained yet.
             OSError: the file cannot be written; an earlier one of that name stays as it was.
         """
-        from .files import save_state
+        from .training_state import save_state
 
         save_state(self, path)
 
@@ -422,7 +347,7 @@ class Trainer:
             FileError: the file is damaged or of another format.
             ValueError: it belongs to another network, loss or optimizer.
         """
-        from .files import load_state
+        from .training_state import load_state
 
         load_state(self, path)
 
@@ -443,15 +368,6 @@ class Trainer:
                     f"metric {metric.name!r} does not fit {loss.name!r} over {over} with {outputs} outputs"
                 )
         return metrics
-
-
-def _names_kind(y: Any) -> str:
-    """The dtype kind of one column of text, bools or objects, which are to be numbered; "" for anything else."""
-    try:
-        values = np.asarray(y)
-    except ValueError:  # ragged, which check_targets explains
-        return ""
-    return values.dtype.kind if values.ndim == 1 and values.dtype.kind in "OUSTb" else ""
 
 
 @contextmanager

@@ -238,3 +238,59 @@ def test_a_failed_picture_leaves_the_model(capsys, tmp_path, flowers):
 def test_the_module_and_the_script_are_the_same_command():
     found = subprocess.run([sys.executable, "-m", "gpumlp", "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == f"gpumlp {gm.__version__}"
+
+
+def test_a_model_without_classes_is_evaluated_by_its_label_numbers(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    X = np.eye(3)[y] + 0.1 * rng.standard_normal((300, 3))
+    network = gm.Network([gm.Dense(16, "relu"), gm.Dense(3)], n_features=3)
+    gm.Trainer(network, "softmax_cross_entropy", gm.Adam(0.01)).fit(X, y, epochs=10, batch_size=16)
+    network.save(tmp_path / "m.safetensors")
+    rows = [(x, label) for x, label in zip(X, y, strict=True) if label > 0]  # class 0 does not occur in the file
+    lines = ["a,b,c,kind", *(f"{x[0]},{x[1]},{x[2]},{label}" for x, label in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    code, out, err = run(
+        capsys, "evaluate", tmp_path / "m.safetensors", tmp_path / "rows.csv", "--target", "kind", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] > 0.95
+
+
+def test_the_test_rows_choose_nothing(capsys):
+    for choosing in (["--patience", "50"], ["--schedule", "plateau"]):
+        found = json.loads(run(capsys, "train", "moons", *FAST, *choosing, "--json")[1])
+        assert found["history"]["val_loss"][-1] != found["test"]["loss"]
+    found = json.loads(run(capsys, "train", "moons", *FAST, "--json")[1])
+    assert found["history"]["val_loss"][-1] == found["test"]["loss"]
+
+
+def test_classes_that_are_other_integers(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plot")
+    rng = np.random.default_rng(0)
+    lines = ["a,b,kind", *(f"{k + rng.normal() / 9},{rng.normal()},{5 + k}" for k in rng.integers(0, 2, 100))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    code, _, err = run(
+        capsys, "train", tmp_path / "rows.csv", "--target", "kind", *FAST, "--confusion", tmp_path / "c.png"
+    )
+    assert code == 0, err
+
+
+def test_a_time_limit_before_the_first_epoch_ends(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra plot")
+    code, out, err = run(
+        capsys, "train", "digits", "--time-limit", "1e-6", "--plot", tmp_path / "c.png", "--epochs", "2"
+    )
+    assert code == 0 and out.startswith("test: loss")
+    assert "is not drawn" in err and not (tmp_path / "c.png").exists()
+
+
+def test_a_folder_is_no_file_and_a_fleet_no_model(capsys, tmp_path):
+    code, _, err = run(capsys, "train", "digits", *FAST, "--output", tmp_path)
+    assert code == 2 and "is a folder" in err
+    gm.Network([gm.Dense(2)], n_features=2, models=3).save(tmp_path / "fleet.safetensors")
+    for command in ("predict", "evaluate"):
+        code, _, err = run(capsys, command, tmp_path / "fleet.safetensors", "moons")
+        assert code == 2 and "holds a fleet of 3 models; save one of them" in err
+    code, _, err = run(capsys, "train", "digits", *FAST, "--schedule", "one_cycle", "--warmup", "2")
+    assert code == 2 and "--warmup belongs to --schedule cosine" in err

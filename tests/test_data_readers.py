@@ -470,3 +470,10 @@ def test_a_file_named_like_a_built_in_set_is_reached_by_its_path(tmp_path, monke
     idx_folder(tmp_path / "digits")
     assert load("digits").X.shape == (1437, 64)
     assert load("./digits").X.shape == (6, 15) and load(Path("digits")).X.shape == (6, 15)
+
+
+def test_a_number_has_no_underscores(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n1_2,3\n")
+    with pytest.raises(ValueError, match=r"line 3, column \"a\": '1_2' is not a number"):
+        load(path, target="b")

@@ -88,3 +88,25 @@ def test_diagnose_refuses_a_fleet_and_a_missing_loss():
         network(models=2).diagnose(X)
     with pytest.raises(ValueError, match="diagnose needs a loss for y"):
         network().diagnose(X, Y)
+
+
+def test_targets_are_those_of_a_training_step():
+    rng = np.random.default_rng(0)
+    y = 1e6 + 1e5 * rng.standard_normal(40)
+    net = gm.Network([gm.Dense(8, "tanh"), gm.Dense(1)], n_features=7, standardize_targets=True)
+    gm.Trainer(net, "squared_error", gm.Adam(1e-3)).fit(X, y, epochs=1, batch_size=8)
+    assert net.diagnose(X, y).layers[-1].gradient < 1
+    assert max(net.gradient_check(X, y).values()) < 1e-4
+    named = gm.Network([gm.Dense(8, "tanh"), gm.Dense(3)], n_features=7)
+    names = np.array(["a", "b", "c"])[Y]
+    gm.Trainer(named, "softmax_cross_entropy").fit(X, names, epochs=1)
+    assert max(named.gradient_check(X, names).values()) < 1e-4
+    assert named.diagnose(X, names).layers
+    with pytest.raises(ValueError, match="100"):
+        named.diagnose(X, np.zeros(100, int))
+
+
+def test_scales_that_a_fit_will_learn_are_no_complaint():
+    net = network(gm.Dense(5), standardize=True)
+    assert not any("standardize=True" in message for message in net.diagnose(X * 100).messages)
+    assert net.shift is None

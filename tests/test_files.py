@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import gpumlp as gm
-from gpumlp import files
+from gpumlp import container, files
 from gpumlp.activations import ACTIVATIONS
 from gpumlp.losses import LOSSES
 from gpumlp.optimizers import OPTIMIZERS
@@ -191,7 +191,7 @@ def test_a_loss_of_your_own_cannot_be_saved(tmp_path):
 
 
 def test_a_configuration_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST_HEADER", 1000)
+    monkeypatch.setattr(container, "LARGEST_HEADER", 1000)
     with pytest.raises(
         ValueError, match=r"the model's configuration takes [\d,]+ bytes, too many for a safetensors header"
     ):
@@ -209,7 +209,7 @@ def model():
 @pytest.fixture(scope="module")
 def parts(model):
     """Configuration and tensors of a good model, to be spoiled and packed again with a right checksum."""
-    return files._unpack(model, "good", "model", None)
+    return container.unpack(model, "good", "model", None)
 
 
 def test_cut_off_at_every_byte(model):
@@ -288,7 +288,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 
 
 def test_a_later_format(monkeypatch):
-    monkeypatch.setattr(files, "FORMAT_VERSION", "2")
+    monkeypatch.setattr(container, "FORMAT_VERSION", "2")
     later = files.to_bytes(chain())
     monkeypatch.undo()
     with pytest.raises(gm.FileError, match="has format version 2; this gpumlp reads 1"):
@@ -354,7 +354,7 @@ FOREIGN = {  # a configuration that is wrong although its checksum is right
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_configuration_that_makes_no_sense(parts, case):
     path, value, message = FOREIGN[case]
-    data = files._pack("model", spoil(parts[0], path, value), parts[1])
+    data = container.pack("model", spoil(parts[0], path, value), parts[1])
     tracemalloc.start()
     with pytest.raises(gm.FileError, match=message):
         files.from_bytes(data)
@@ -371,7 +371,7 @@ def test_tensors_that_do_not_fit(parts):
         tensors | {"dense_0.W": tensors["dense_0.W"][:, :, :-1]},
     ):
         with pytest.raises(gm.FileError, match="its tensors are not those that its configuration describes"):
-            files.from_bytes(files._pack("model", config, spoiled))
+            files.from_bytes(container.pack("model", config, spoiled))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -804,9 +804,9 @@ FOREIGN_STATES = {  # with a right checksum
 @pytest.mark.parametrize("case", FOREIGN_STATES)
 def test_a_state_that_lacks_something_changes_nothing(case, state):
     change, message = FOREIGN_STATES[case]
-    config, tensors = files._unpack(state.read_bytes(), state, "state", None)
+    config, tensors = container.unpack(state.read_bytes(), state, "state", None)
     change(config, tensors)
-    state.write_bytes(files._pack("state", config, tensors))
+    state.write_bytes(container.pack("state", config, tensors))
     run = everything()
     with pytest.raises(gm.FileError, match=message):
         run.trainer.resume(state)

@@ -24,11 +24,13 @@ estimators
 __init__                what `import gpumlp` offers
 perceptron plots
 trainer
+training_state          a fit on disk, at any step
 callbacks
-files                   models and states on disk: a file is read by building a network, so this stands above it
+files                   models on disk: a file is read by building a network, so this stands above it
 diagnostics             the gradient check, and the health of a network
 train_step
 evaluation              loss and metrics without training
+fit_data                what a fit reads: checked arrays, encoded labels
 network
 places                  a graph's layers with their names and widths
 workspace               the buffers of one forward and backward pass
@@ -41,6 +43,7 @@ optimizer_state         an optimizer at work on one network
 schedules initializers metrics activations
 data
 random
+container               the file format
 """
 RANK = {name: rank for rank, line in enumerate(LINES.split("\n")) for name in line.split("  ")[0].split()}
 

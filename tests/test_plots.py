@@ -85,12 +85,10 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
 
-    def full_disk(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:100])
+    def full_disk(descriptor):
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         plots.learning_curves(history(), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

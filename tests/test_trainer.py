@@ -918,3 +918,60 @@ def test_save_state_needs_a_fit(tmp_path):
     with pytest.raises(RuntimeError, match="nothing to save yet: call fit first, or save_state from a callback"):
         gm.Trainer(network(), SOFTMAX).save_state(tmp_path / "state")
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_are_learned_where_there_are_none_and_forgotten_by_initialize():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((60, 3)) + 5, rng.integers(0, 2, 60)
+    network = gm.Network([gm.Dense(2)], n_features=3, standardize=True)
+    optimizer, loss = gm.SGD(0.1), gm.Loss("softmax_cross_entropy")
+    _, dz = loss(network.forward(X), y)
+    network.backward(dz)
+    optimizer.step(network)
+    gm.Trainer(network, "softmax_cross_entropy").fit(X, y, epochs=1)
+    np.testing.assert_allclose(network.shift[0], X.mean(axis=0), rtol=1e-5)
+    network.initialize()
+    gm.Trainer(network, "softmax_cross_entropy").fit(X + 100, y, epochs=1)
+    np.testing.assert_allclose(network.shift[0], X.mean(axis=0) + 100, rtol=1e-5)
+
+
+def test_a_last_batch_of_one_row_does_not_move_running_statistics():
+    X, y = np.random.default_rng(0).standard_normal((17, 3)), np.arange(17) % 2
+    network = gm.Network([gm.Dense(4, "relu", norm="batch"), gm.Dense(2)], n_features=3)
+    seen = []
+
+    class Watch(gm.Callback):
+        def on_step_end(self, trainer, loss):
+            seen.append(network.statistics["dense_0.variance"].copy())
+
+    gm.Trainer(network, "softmax_cross_entropy").fit(X, y, epochs=1, batch_size=16, callbacks=[Watch()])
+    np.testing.assert_array_equal(seen[0], seen[1])
+
+
+def test_class_weights_count_in_the_loss_of_evaluation_too():
+    X, y = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32), np.arange(50) % 2
+    network = gm.Network([gm.Dense(2)], n_features=3)
+    loss = gm.Loss("softmax_cross_entropy", class_weight={0: 10})
+    found = gm.Trainer(network, loss).evaluate(X, y)
+    assert found["loss"] == pytest.approx(loss(network.logits(X), y)[0], rel=1e-5)
+
+
+def test_a_resumed_state_is_not_saved_before_it_goes_on(tmp_path):
+    X, y = np.random.default_rng(0).standard_normal((50, 3)), np.arange(50) % 2
+    trainer = gm.Trainer(gm.Network([gm.Dense(2)], n_features=3), "softmax_cross_entropy")
+    trainer.fit(X, y, epochs=1)
+    trainer.save_state(tmp_path / "a")
+    trainer.resume(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="nothing to save yet"):
+        trainer.save_state(tmp_path / "b")
+
+
+def test_a_validation_split_of_rows_without_weight_is_refused_and_binary_labels_are_stratified():
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((40, 3)), np.arange(40) % 4 == 0
+    trainer = gm.Trainer(gm.Network([gm.Dense(1)], n_features=3), "binary_cross_entropy")
+    trainer.fit(X, y.astype(int), epochs=1, validation_split=0.2)
+    weight = np.zeros(40)
+    weight[0] = 1
+    with pytest.raises(ValueError, match="zero"):
+        trainer.fit(X, y.astype(int), epochs=1, validation_split=0.2, sample_weight=weight)

@@ -224,10 +224,10 @@ def norm_forward(norm: Norm, training: bool, update_running: bool) -> None:
         mean = norm.x.mean(axis=over, keepdims=True)
         np.subtract(norm.x, mean, out=norm.x_hat)
         variance = np.square(norm.x_hat).mean(axis=over, keepdims=True)
-        if norm.kind == "batch" and update_running:
-            n = norm.x.shape[1]
+        n = norm.x.shape[1]
+        if norm.kind == "batch" and update_running and n > 1:  # one row alone has no variance to learn from
             _move(norm.running_mean, mean[:, 0])
-            _move(norm.running_variance, variance[:, 0] * (n / max(1, n - 1)))
+            _move(norm.running_variance, variance[:, 0] * (n / (n - 1)))
     np.add(variance, EPSILON, out=norm.inverse_std)
     np.sqrt(norm.inverse_std, out=norm.inverse_std)
     np.divide(1, norm.inverse_std, out=norm.inverse_std)

@@ -17,8 +17,8 @@ def standardization(
 
         shift_j = mean_j,    scale_j = 1 / std_j,    std_j² = 1/n Σ_i (x_ij - mean_j)²
 
-    A constant column gets its value as shift and scale 1, so it becomes 0 and stays harmless when new data differ from
-    it; so does a column whose std is below 1e-7 |mean|.
+    A constant column gets its value as shift and scale 1: it becomes 0. A column whose std is below 1e-7 |mean| holds
+    the rounding noise of float32 rather than information: it gets scale 0.
 
     Arguments:
         X: (n_samples, n_features), any bool, integer or float dtype, finite (see `check_X`).
@@ -61,9 +61,10 @@ def standardization(
         first = np.full_like(first, first[0])
     std = np.sqrt(variance)
     constant = std <= np.maximum(CONSTANT * np.abs(mean), TINY)
+    noise = constant & (std > 2 * np.spacing(np.abs(first)))
     std[constant] = 1.0
     shift = np.where(constant, first, mean)  # a mean may miss the constant by one rounding
-    return shift.astype(np.float32), (1.0 / std).astype(np.float32)
+    return shift.astype(np.float32), np.where(noise, 0.0, 1.0 / std).astype(np.float32)
 
 
 def _mean_and_variance(X: np.ndarray, rows: np.ndarray | None, n: int) -> tuple[np.ndarray, np.ndarray]:

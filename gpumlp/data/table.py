@@ -80,7 +80,7 @@ def read_table(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> 
 def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, column: str, path: Path) -> np.ndarray:
     """Return the cells of a column as (n,) float64 that float32 can hold; `lines` says where each stands."""
     try:
-        values = np.fromiter(map(float, cells), np.float64, len(cells))
+        values = np.fromiter(map(_number, cells), np.float64, len(cells))
     except ValueError:
         row = next(row for row, cell in enumerate(cells) if not is_number(cell))
         fault = f"{cells[row]!r} is not a number; encode or drop the column"
@@ -102,9 +102,15 @@ def _words(cells: Sequence[str], lines: Sequence[int], column: str, path: Path) 
     return words
 
 
+def _number(cell: str) -> float:
+    if "_" in cell:  # Python's own writing, which no table means as a number
+        raise ValueError(cell)
+    return float(cell)
+
+
 def is_number(cell: str) -> bool:
     try:
-        float(cell)
+        _number(cell)
     except ValueError:
         return False
     return True

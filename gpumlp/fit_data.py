@@ -78,7 +78,9 @@ def prepare(
     by_class = loss.class_weight_of(y, network.n_outputs)
     if by_class is not None:
         weight = (by_class if weight is None else by_class * weight).astype(network.dtype)
-    if learn or (network.standardize is not None and network.shift is None):
+    lacks_scales = network.standardize is not None and network.shift is None
+    lacks_target_scales = network.standardize_targets and network.target_shift is None
+    if learn or lacks_scales or lacks_target_scales:
         network.learn_standardization(X, y, rows)
     return Data(X, y, weight, rows), validation
 

@@ -182,7 +182,7 @@ class Network:
         np.copyto(workspace.x, X, casting="unsafe")
         self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
         self._ready = workspace if training else None
-        logits = workspace.forward(training)
+        logits = self.backend.to_numpy(workspace.forward(training))
         return logits.copy() if self.is_fleet else logits[0].copy()
 
     def backward(self, dz: Any) -> None:
@@ -300,7 +300,7 @@ class Network:
             workspace = held.view(slice(0, self.models), len(rows))
             np.copyto(workspace.x, rows, casting="unsafe")
             self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
-            yield start, workspace.forward(training=False)
+            yield start, self.backend.to_numpy(workspace.forward(training=False))
         self._prediction = held
 
     def predict(self, X: Any) -> np.ndarray:

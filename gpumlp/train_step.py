@@ -231,9 +231,9 @@ class TrainStep:
             y = np.eye(network.n_outputs, dtype=network.dtype)[y]  # labels that mix are probabilities
         shape = (len(self.order), self.batch_size)
         return Batch(
-            X=data.X,
-            y=y,
-            weight=data.weight,
+            X=self.backend.asarray(data.X),  # here the data moves to the device, once
+            y=self.backend.asarray(y),
+            weight=None if data.weight is None else self.backend.asarray(data.weight),
             raw=None if data.X.dtype == network.dtype else empty((*shape, network.n_features), data.X.dtype),
             x=self.workspace.x,
             targets=empty((*shape, *y.shape[1:]), y.dtype),

@@ -356,6 +356,23 @@ def test_an_augmented_step_does_not_either(monkeypatch, augment):
     assert network.steps.all()
 
 
+def test_predictions_come_back_through_the_verb_and_data_go_in_through_the_other(monkeypatch):
+    calls = []
+
+    class Counts(Watched):
+        def refuse(self, verb):
+            super().refuse(verb)
+            calls.append(verb)
+
+    network = watched(monkeypatch, {}, Counts())
+    X = draw(20, 4)
+    gm.Trainer(network, "softmax_cross_entropy", "sgd").fit(X, np.arange(20) % 3, epochs=2)
+    assert calls == ["asarray", "asarray"]  # X and y, once a fit
+    network.predict(X)
+    network.forward(X)
+    assert calls[2:] == ["to_numpy", "to_numpy"]
+
+
 def test_the_watch_would_notice(monkeypatch):
     class Reads(Watched):
         def loss(self, loss, z, y, weight, dz):

@@ -933,6 +933,10 @@ def test_scales_are_learned_where_there_are_none_and_forgotten_by_initialize():
     network.initialize()
     gm.Trainer(network, "softmax_cross_entropy").fit(X + 100, y, epochs=1)
     np.testing.assert_allclose(network.shift[0], X.mean(axis=0) + 100, rtol=1e-5)
+    values = gm.Network([gm.Dense(1)], n_features=3, standardize_targets=True)
+    values.steps += 1  # a loop of one's own has been here
+    gm.Trainer(values, "squared_error").fit(X, y + 7.0, epochs=1)
+    np.testing.assert_allclose(values.target_shift[0], [y.mean() + 7], rtol=1e-5)
 
 
 def test_a_last_batch_of_one_row_does_not_move_running_statistics():

@@ -31,45 +31,53 @@ def iterate(
         same_data: the loss is a function of the parameters alone and the same as at the iteration before, so that its
             last value and gradient still hold.
     """
-    network, memory = bound.network, _memory(optimizer, bound)
-    models = network.models
+    network, memory, backend = bound.network, memory_of(optimizer, bound), bound.network.backend
+    models, dot = network.models, backend.dot
     active = np.ones(models, bool) if active is None else active
 
-    statistics = {name: values.copy() for name, values in network.statistics.items()}
+    for name, values in network.statistics.items():
+        bound.statistics[name][...] = values
 
-    def objective() -> tuple[Any, np.ndarray, np.ndarray]:
+    def objective() -> tuple[Any, np.ndarray]:
         # Every trial begins with the same running statistics: an iteration moves them once, by the step that it takes.
-        for name, values in statistics.items():
+        for name, values in bound.statistics.items():
             network.statistics[name][...] = values
         loss = evaluate()
-        for _, penalties in bound.blocks(slice(0, models)):
-            if penalties is not None:
-                bound.regularise(*penalties)
-        return loss, np.asarray(loss, np.float64).reshape(-1) + bound.penalty(), network.flat_gradient.copy()
+        if bound.has_l1 or bound.has_l2:
+            backend.penalize(bound)
+        return loss, np.asarray(loss, np.float64).reshape(-1) + bound.penalty()
 
+    gradient, start, direction = memory["gradient"], memory["start"], memory["direction"]
     if same_data and bound.t.any():
-        shown, value, gradient = memory["shown"].copy(), memory["value"].copy(), memory["gradient"].copy()
+        shown, value = memory["shown"].copy(), memory["value"].copy()
     else:
-        shown, value, gradient = objective()
-    start = network.flat.copy()
-    direction = _direction(memory, gradient)
-    slope = _dot(gradient, direction)
+        shown, value = objective()
+        gradient[...] = network.flat_gradient
+    start[...] = network.flat
+    set_direction(backend, memory)
+    slope = dot(gradient, direction)
     uphill = ~(slope < 0)
-    direction[uphill], slope[uphill] = -gradient[uphill], -_dot(gradient, gradient)[uphill]
-    first = np.minimum(1.0, 1.0 / np.maximum(np.abs(gradient).sum(axis=1, dtype=np.float64), 1e-30))
+    if uphill.any():  # downhill there; a model's direction that is not finite does not come back by a factor of 0
+        for i in np.flatnonzero(uphill):
+            backend.combine(direction[i : i + 1], -np.ones(1), gradient[i : i + 1], None, None)
+        slope[uphill] = -dot(gradient, gradient)[uphill]
+    first = np.minimum(1.0, 1.0 / np.maximum(dot(gradient, None), 1e-30))
     length = np.where(bound.t == 0, first, 1.0) * learning_rate
     still = ~active | ~(slope < 0) | ~np.isfinite(slope + value)  # at a minimum, or diverged
-    length[still], direction[still] = 0.0, 0.0
+    length[still] = 0.0
+    for i in np.flatnonzero(still):
+        direction[i : i + 1] = 0.0
 
     def move() -> tuple[Any, np.ndarray, np.ndarray]:
-        network.flat[...] = start + length[:, None].astype(start.dtype) * direction
-        return objective()
+        backend.combine(network.flat, None, start, length, direction)
+        network.renew()
+        loss, value = objective()
+        return loss, value, dot(network.flat_gradient, direction)
 
     if optimizer.line_search:
         low, high, done = np.zeros(models), np.full(models, np.inf), length == 0
         for _ in range(optimizer.max_evaluations):
-            new_shown, new_value, new_gradient = move()
-            new_slope = _dot(new_gradient, direction)
+            new_shown, new_value, new_slope = move()
             decreased = (new_value <= value + SUFFICIENT_DECREASE * length * slope) & np.isfinite(new_slope)
             flat_enough = new_slope >= CURVATURE * slope
             done |= decreased & flat_enough
@@ -81,59 +89,60 @@ def iterate(
             length = np.where(done, length, next_length)
         else:  # the longest step that was seen to decrease the loss, maybe none
             length = np.where(done, length, low)
-            new_shown, new_value, new_gradient = move()
+            new_shown, new_value, _ = move()
     else:
-        new_shown, new_value, new_gradient = move()
-    _remember(memory, bound, network.flat - start, new_gradient - gradient)
+        new_shown, new_value, _ = move()
+    _remember(memory, bound)
     memory["shown"], memory["value"] = np.asarray(new_shown, np.float64).reshape(-1), new_value
-    memory["gradient"][...] = new_gradient
+    gradient[...] = network.flat_gradient
     bound.t[active] += 1
     return shown if np.ndim(shown) == 0 or network.is_fleet else shown[0]
 
 
-def _memory(optimizer: LBFGS, bound: OptimizerState) -> dict[str, np.ndarray]:
+def memory_of(optimizer: LBFGS, bound: OptimizerState) -> dict[str, Any]:
     """The pairs and scalars kept between iterations; a pair's ``rho`` of 0 means that it counts for nothing."""
     if not bound.states:
-        models, n = bound.network.flat.shape
-        dtype = bound.network.flat.dtype
+        network, history = bound.network, optimizer.history
+        (models, n), dtype, zeros = network.flat.shape, network.flat.dtype, network.backend.zeros
         bound.states.update(
-            s=np.zeros((optimizer.history, models, n), dtype),
-            y=np.zeros((optimizer.history, models, n), dtype),
-            rho=np.zeros((optimizer.history, models)),
+            s=zeros((history, models, n), dtype),
+            y=zeros((history, models, n), dtype),
+            rho=np.zeros((history, models)),
             scale=np.ones(models),
-            gradient=np.zeros((models, n), dtype),
+            gradient=zeros((models, n), dtype),
+            start=zeros((models, n), dtype),
+            direction=zeros((models, n), dtype),
             value=np.zeros(models),
             shown=np.zeros(models),
         )
     return bound.states
 
 
-def _direction(memory: dict[str, np.ndarray], gradient: np.ndarray) -> np.ndarray:
+def set_direction(backend: Any, memory: dict[str, Any]) -> None:
     """-H g by the two-loop recursion (algorithm 7.4); pairs stand from the newest to the oldest."""
-    q = -gradient
+    q, (s, y, rho), scale = memory["direction"], (memory[name] for name in ("s", "y", "rho")), memory["scale"]
+    history = range(len(rho))
+    backend.combine(q, -np.ones(len(scale)), memory["gradient"], None, None)
     alphas = []
-    for s, y, rho in zip(memory["s"], memory["y"], memory["rho"], strict=True):
-        alpha = rho * _dot(s, q)
-        q -= alpha[:, None].astype(q.dtype) * y
-        alphas.append(alpha)
-    q *= memory["scale"][:, None].astype(q.dtype)
-    for s, y, rho, alpha in zip(memory["s"][::-1], memory["y"][::-1], memory["rho"][::-1], alphas[::-1], strict=True):
-        beta = rho * _dot(y, q)
-        q += (alpha - beta)[:, None].astype(q.dtype) * s
-    return q
+    for k in history:
+        alphas.append(rho[k] * backend.dot(s[k], q))
+        backend.combine(q, None, q, -alphas[k], y[k])
+    backend.combine(q, scale, q, None, None)
+    for k in reversed(history):
+        backend.combine(q, None, q, alphas[k] - rho[k] * backend.dot(y[k], q), s[k])
 
 
-def _remember(memory: dict[str, np.ndarray], bound: OptimizerState, s: np.ndarray, y: np.ndarray) -> None:
+def _remember(memory: dict[str, Any], bound: OptimizerState) -> None:
     """Keep the newest pair where its curvature is positive; for the other models it counts for nothing."""
+    network, backend = bound.network, bound.network.backend
     for name in ("s", "y", "rho"):
-        memory[name][1:] = memory[name][:-1].copy()
-    memory["s"][0], memory["y"][0] = s, y
-    curvature, yy = _dot(s, y), _dot(y, y)
+        for k in reversed(range(1, len(memory[name]))):
+            memory[name][k] = memory[name][k - 1]
+    s, y = memory["s"][0], memory["y"][0]
+    minus = -np.ones(network.models)
+    backend.combine(s, None, network.flat, minus, memory["start"])
+    backend.combine(y, None, network.flat_gradient, minus, memory["gradient"])
+    curvature, yy = backend.dot(s, y), backend.dot(y, y)
     good = curvature > 1e-10 * yy
     memory["rho"][0] = np.where(good, 1.0 / np.where(good, curvature, 1.0), 0.0)
     memory["scale"] = np.where(good, curvature / np.where(yy > 0, yy, 1.0), memory["scale"])
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Each model's inner product, (models,) float64."""
-    return np.vecdot(a.astype(np.float64), b.astype(np.float64))

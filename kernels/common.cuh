@@ -1,4 +1,4 @@
-// What every kernel source leans on: the GM_DEVICE marker, integer types and math functions chosen by argument type.
+// What every kernel source leans on: types, the GM_DEVICE marker and math functions chosen by argument type.
 // Plain C++ without includes: NVRTC has these functions built in, and a host compiler includes <cmath> before this file.
 #ifndef GPUMLP_COMMON_CUH
 #define GPUMLP_COMMON_CUH
@@ -9,8 +9,36 @@
 #define GM_DEVICE inline
 #endif
 
-typedef unsigned int gm_u32;
-typedef unsigned long long gm_u64;
+// One short name for each type: kernels are called after them (gather_u8_f32), and the host reads them in signatures.
+typedef signed char i8;
+typedef unsigned char u8;
+typedef short i16;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+typedef float f32;
+typedef double f64;
+
+// Two-byte floats are for storage alone: arithmetic is in Compute<T>. Own types, so that no CUDA header is needed.
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+
+template <typename T> struct ComputeOf {
+    typedef T type;
+};
+template <> struct ComputeOf<f16> {
+    typedef f32 type;
+};
+template <> struct ComputeOf<bf16> {
+    typedef f32 type;
+};
+template <typename T> using Compute = typename ComputeOf<T>::type;
 
 // One name for float and double, so that a template never widens a float by calling the double function.
 #define GM_MATH(name)                                     \
@@ -32,5 +60,8 @@ GM_MATH(erfc)
 template <typename T> GM_DEVICE T gm_at_least(T x, T low) { return x < low ? low : x; }
 template <typename T> GM_DEVICE T gm_at_most(T x, T high) { return x > high ? high : x; }
 template <typename T> GM_DEVICE T gm_clip(T x, T low, T high) { return gm_at_most(gm_at_least(x, low), high); }
+
+// NaN and the infinities are the numbers whose difference from themselves is not 0.
+template <typename T> GM_DEVICE bool gm_finite(T x) { return x - x == T(0); }
 
 #endif

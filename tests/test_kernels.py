@@ -35,26 +35,26 @@ LOOP(double)
 const char* names() { return GM_ACTIVATIONS(NAME); }
 int n_activations() { return gm_n_activations; }
 
-DRAW(words, gm_u64, philox_word(*s, i))
-DRAW(lanes, gm_u32, philox_lane(*s, i))
+DRAW(words, u64, philox_word(*s, i))
+DRAW(lanes, u32, philox_lane(*s, i))
 DRAW(uniform, double, philox_uniform(*s, i))
 DRAW(normal, double, philox_normal(*s, i))
-void block_lanes(const PhiloxStream* s, gm_u32* out, long n) {
-    gm_u64 block[4] = {};
+void block_lanes(const PhiloxStream* s, u32* out, long n) {
+    u64 block[4] = {};
     for (long i = 0; i < n; ++i) {
         if (i % 8 == 0) philox_block(*s, i / 8, block);
         out[i] = philox_pick_lane(block, static_cast<int>(i % 8));
     }
 }
-void keep(const PhiloxStream* s, bool* out, long n, gm_u32 threshold) {
+void keep(const PhiloxStream* s, bool* out, long n, u32 threshold) {
     for (long i = 0; i < n; ++i) out[i] = philox_keep(*s, i, threshold);
 }
-void integers(const PhiloxStream* s, long long* out, long n, long long low, gm_u64 span) {
+void integers(const PhiloxStream* s, long long* out, long n, long long low, u64 span) {
     for (long i = 0; i < n; ++i) out[i] = philox_integer(*s, i, low, span);
 }
-void raw_philox(const gm_u64* in, gm_u64* out) {  // in: counter, key
-    gm_u64 counter[4] = {in[0], in[1], in[2], in[3]};
-    const gm_u64 key[2] = {in[4], in[5]};
+void raw_philox(const u64* in, u64* out) {  // in: counter, key
+    u64 counter[4] = {in[0], in[1], in[2], in[3]};
+    const u64 key[2] = {in[4], in[5]};
     philox(counter, key, counter);  // in place, which the header allows
     for (int i = 0; i < 4; ++i) out[i] = counter[i];
 }
@@ -70,7 +70,7 @@ def library(tmp_path_factory):
         pytest.skip("g++ is not installed")
     purposes = ", ".join(f"PURPOSE_{p.name}" for p in Purpose)
     source = "\n".join((KERNELS / name).read_text() for name in HEADERS)
-    source += LOOPS.replace("PURPOSES", f"gm_u32 purposes[] = {{{purposes}}};")
+    source += LOOPS.replace("PURPOSES", f"u32 purposes[] = {{{purposes}}};")
     folder = tmp_path_factory.mktemp("kernels")
     (folder / "headers.cpp").write_text("#include <cmath>\n" + source)
     warnings = ["-Werror=double-promotion", "-Werror=float-conversion"]  # a bare 0.5 in a float function

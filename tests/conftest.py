@@ -1,11 +1,21 @@
-"""What all tests share: those that take minutes wait until they are asked for."""
+"""What all tests share: those that take minutes wait until they are asked for, those that need a GPU until there is one."""
 
 import pytest
 
+from gpumlp.backends.probe import find_gpu
+
 
 def pytest_collection_modifyitems(config, items):
-    if "long" in (config.option.markexpr or ""):
-        return
+    asked_for = config.option.markexpr or ""
+    if "long" not in asked_for:
+        _skip(items, "long", "takes minutes; run it with: pytest -m long")
+    if any("gpu" in item.keywords for item in items):
+        runtime, reason = find_gpu(None)
+        if runtime is None:
+            _skip(items, "gpu", reason)
+
+
+def _skip(items, marker, reason):
     for item in items:
-        if "long" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: pytest -m long"))
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from typing import Any
 
 from .base import Backend
 from .numpy_backend import NumpyBackend
 
 __all__ = ["Backend", "get_backend"]
 
-NO_GPU_BACKEND = "this version of gpumlp computes on the CPU with NumPy; its GPU backend is not part of it yet"
 
-
-def get_backend(device: str = "auto") -> tuple[Backend, str]:
+def get_backend(device: Any = "auto") -> tuple[Backend, str]:
     """The backend for ``device`` and one sentence that says why it was taken.
 
     Args:
-        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        device: "auto" takes a GPU where one works, else the CPU; "cpu"; "cuda" or "cuda:<index>"; or a backend.
 
     Raises:
         ValueError: another name.
-        RuntimeError: "cuda" was asked for and cannot be had; it never falls back.
+        RuntimeError: "cuda" was asked for and cannot be had, with the cause and what to do; it never falls back.
     """
     if device == "cpu":
         return NumpyBackend(), "cpu: asked for"
+    if hasattr(device, "is_device"):
+        return device, f"{device.device}: the backend that was given"
+    if not isinstance(device, str) or not (device in ("auto", "cuda") or _index(device) is not None):
+        raise ValueError(f"device={device!r} is unknown; allowed: 'auto', 'cpu', 'cuda', 'cuda:<index>'")
+    from .probe import find_gpu
+
+    runtime, reason = find_gpu(_index(device))
+    if runtime is not None:
+        from .gpu_backend import GpuBackend
+
+        return GpuBackend(runtime), reason  # type: ignore[return-value]
     if device == "auto":
-        cupy = "CuPy is installed" if find_spec("cupy") else "CuPy is not installed"
-        return NumpyBackend(), f"cpu: {NO_GPU_BACKEND} ({cupy})"
-    if isinstance(device, str) and (device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit())):
-        raise RuntimeError(f"device={device!r}: {NO_GPU_BACKEND}; use device='cpu' or device='auto'")
-    raise ValueError(f"device={device!r} is unknown; allowed: 'auto', 'cpu', 'cuda', 'cuda:<index>'")
+        return NumpyBackend(), f"cpu: {reason}"
+    raise RuntimeError(f"device={device!r}: {reason}; or use device='cpu' or device='auto'")
+
+
+def _index(device: str) -> int | None:
+    return int(device[5:]) if device.startswith("cuda:") and device[5:].isdigit() else None

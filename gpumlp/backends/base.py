@@ -1,7 +1,8 @@
 """What a backend is: a dozen verbs over arrays that the caller owns, and the bundles of arrays that they take.
 
 The list does not grow when an activation, a loss or an optimizer is added. Every array argument is written in place;
-a verb allocates nothing that lasts. ``numpy_backend`` is the definition of each verb.
+a verb allocates nothing that lasts. ``numpy_backend`` is the definition of each verb. An Array is NumPy's own on the
+host and a ``device.DeviceArray`` on a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ Array = Any  # the backend's own array type
 class Draw:
     """Where the random numbers of a pass come from: one entry for each model (see gpumlp.random)."""
 
-    seeds: np.ndarray  # (models,) uint64
-    streams: np.ndarray  # (models,) the counter's word "model"
-    steps: np.ndarray  # (models,) the counter's word "step"; a view that the caller advances
+    seeds: Array  # (models,) uint64
+    streams: Array  # (models,) the counter's word "model"
+    steps: Array  # (models,) the counter's word "step"; on the host a view that the caller advances
 
 
 @dataclass(slots=True)
@@ -32,9 +33,10 @@ class Dropout:
     layer: int  # the counter's word "layer"
     rates: np.ndarray  # (models,)
     x: Array  # (models or 1, batch, units)
-    keep: Array  # (models, batch, units)
+    keep: Array | None  # (models, batch, units); None where the backend draws the mask again instead of keeping it
     out: Array  # (models, batch, units)
     d: Array  # gradient with respect to out, becomes the one with respect to x
+    work: Any = None  # what a backend keeps for it
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class Norm:
     d: Array  # gradient with respect to out, becomes the one with respect to x
     running_mean: Array | None  # (models, units), batch normalisation only
     running_variance: Array | None
+    valid: Array | None = None  # (models,) rows that count, where that is less than the batch; on a device alone
 
 
 @dataclass(slots=True)
@@ -61,8 +64,9 @@ class Dense:
 
     f: Activation
     x: Array  # (models or 1, batch, fan_in)
-    W: Array  # (models, fan_out, fan_in)
+    W: Array  # (models, fan_out, fan_in), in the type that products read
     b: Array | None  # (models, fan_out)
+    working_b: Array | None  # the same in the type of W
     z: Array  # (models, batch, fan_out)
     u: Array  # what f reads: z, or its normalisation
     a: Array  # f(u); u itself where the activation works in place
@@ -75,14 +79,15 @@ class Dense:
     after: Norm | None
     dropout: Dropout | None
     out: Array  # what later operations read: a, or its normalisation or dropout
-    work: Any = None  # views that a backend prepares once
+    tf32: bool = False  # products may round their factors
+    work: Any = None  # what a backend prepares once
 
 
 @dataclass(slots=True)
 class Join:
     """The sum of several nodes, or their outputs side by side."""
 
-    parts: list[Array]  # each (models, batch, units of the part)
+    parts: list[Array]  # each (models or 1, batch, units of the part)
     out: Array
     concat: bool
     d: Array  # gradient with respect to out
@@ -111,39 +116,75 @@ class Backend(Protocol):
 
     name: str
     device: str
+    is_device: bool  # arrays live on a device, and a fit records its steps there
+    keeps_masks: bool
+    prediction_rows: int  # that a prediction handles at a time
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def asarray(self, values: Any, dtype: Any = None) -> Array: ...
-    def to_numpy(self, array: Array) -> np.ndarray: ...
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """The values on the host: the array itself where it lives there, else a copy that waits for the device."""
+
+    def adopt(self, values: Any) -> Array | None:
+        """A device's array of another library, without a copy; None for anything that lies on the host.
+
+        Raises:
+            TypeError: it lies on a device that this backend cannot read.
+        """
+
+    def export(self, values: np.ndarray, like: Any) -> Any:
+        """The values as an array of the library that ``like``, which was adopted, belongs to."""
+
+    def draw(self, seeds: np.ndarray, streams: np.ndarray, steps: np.ndarray) -> Draw: ...
+    def storage(self, dtype: np.dtype, precision: str) -> Any:
+        """The type of a layer's buffers for parameters of ``dtype``."""
+
+    def fill(self, x: Array, rows: Any) -> None:
+        """x ← rows, cast: an array of the host, or one of the backend's own."""
+
     def prepare(self, dense: Dense) -> None:
         """Make once what ``dense_forward`` and ``dense_backward`` need at every step."""
 
-    def gather(self, batch: Batch, rows: Array) -> None:
+    def gather(self, batch: Batch, rows: Any) -> None:
         """Fill the batch's buffers from ``rows`` (models or 1, batch); cast and standardise."""
 
     def standardize(self, x: Array, shift: Array | None, scale: Array | None) -> None:
         """x ← (x - shift) · scale, where there is a shift."""
 
+    def augment(self, row: Any, batch: Batch, draw: Draw) -> None:
+        """Apply a row of gpumlp.augment to the batch."""
+
     def dense_forward(self, dense: Dense, draw: Draw | None, update_running: bool) -> None:
         """Affine map, normalisation, non-linearity, dropout; ``draw`` is None for prediction."""
 
-    def dense_backward(self, dense: Dense) -> None:
+    def dense_backward(self, dense: Dense, draw: Draw) -> None:
         """From the gradient with respect to the output, in place, to dW, db, dγ, dβ and dx."""
 
     def dropout_forward(self, dropout: Dropout, draw: Draw | None) -> None:
         """Draw the mask and apply it; for prediction pass x on."""
 
-    def dropout_backward(self, dropout: Dropout) -> None: ...
     def join(self, join: Join) -> None: ...
     def split(self, join: Join) -> None:
         """The gradient of ``join``, into or onto the buffers that it names."""
 
-    def loss(self, loss: Any, z: Array, y: Array, weight: Array | None, dz: Array) -> np.ndarray:
-        """Mean loss of the batch, (models,) float64 on the host, and its derivative in ``dz``."""
+    def loss(self, loss: Any, z: Array, batch: Batch, dz: Array) -> Any:
+        """Mean loss of the batch, and its derivative in ``dz``.
+
+        The loss is (models,) float64 on the host; on a device it stays there and this returns None.
+        """
 
     def update(self, bound: Any, models: slice, learning_rate: Any) -> None:
         """One optimizer step over the flat buffer for ``models``."""
 
-    def limit_norms(self, W: Array, max_norm: float) -> None:
-        """Scale the rows of W whose Euclidean norm exceeds ``max_norm`` down to it."""
+    def limit_norms(self, network: Any, name: str, max_norm: float, models: slice) -> None:
+        """Scale the rows of the weights ``name`` whose Euclidean norm exceeds ``max_norm`` down to it."""
+
+    def dot(self, a: Array, b: Array | None) -> np.ndarray:
+        """Each model's Σ a b over (models, n), or Σ |a| where b is None: (models,) float64 on the host."""
+
+    def combine(self, out: Array, alpha: np.ndarray | None, x: Array, beta: np.ndarray | None, y: Array | None) -> None:
+        """out ← alpha x + beta y for every model, (models, n); alpha and beta (models,), None for 1; y None for 0."""
+
+    def penalize(self, bound: Any) -> None:
+        """Add the gradient of the penalties, l2 w + l1 sign(w), for L-BFGS."""

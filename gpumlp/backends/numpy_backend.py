@@ -13,6 +13,7 @@ from .base import Batch, Dense, Draw, Dropout, Join, Norm
 CACHE_LINE = 64  # bytes
 BLOCK = 32_768  # elements that element-wise work handles at a time, so that they stay in the processor's cache
 EPSILON = 1e-5  # under normalisation's root
+DEVICES = (2, 13)  # DLPack's numbers for CUDA and for CUDA's managed memory
 MOMENTUM = 0.1  # share of the batch in the running statistics, as PyTorch
 
 
@@ -21,6 +22,9 @@ class NumpyBackend:
 
     name = "numpy"
     device = "cpu"
+    is_device = False
+    keeps_masks = True
+    prediction_rows = 1024
 
     def empty(self, shape, dtype):
         return aligned(shape, dtype)
@@ -36,9 +40,29 @@ class NumpyBackend:
     def to_numpy(self, array):
         return array
 
+    def adopt(self, values):
+        on_device = hasattr(values, "__dlpack_device__") and int(values.__dlpack_device__()[0]) in DEVICES
+        if on_device or hasattr(values, "__cuda_array_interface__"):
+            raise TypeError(
+                "the data lie on a GPU and the network on the CPU: copy them, or build it with device='cuda'"
+            )
+        return None
+
+    def export(self, values, like):
+        return values
+
+    def draw(self, seeds, streams, steps) -> Draw:
+        return Draw(seeds, streams, steps)
+
+    def storage(self, dtype, precision):
+        return dtype  # lower precisions are a permission, and the host has no use for it
+
+    def fill(self, x, rows) -> None:
+        np.copyto(x, rows, casting="unsafe")
+
     # --- the batch
 
-    def gather(self, batch: Batch, rows: np.ndarray) -> None:
+    def gather(self, batch: Batch, rows: Any) -> None:
         # mode="clip" spares the check of every index, which takes two thirds of the time; our rows are in range.
         if batch.raw is None:
             batch.X.take(rows, axis=0, out=batch.x, mode="clip")
@@ -56,6 +80,9 @@ class NumpyBackend:
         if shift is not None:
             np.subtract(x, shift, out=x)
             np.multiply(x, scale, out=x)
+
+    def augment(self, row, batch: Batch, draw: Draw) -> None:
+        row.apply(batch, draw)
 
     # --- layers
 
@@ -80,10 +107,10 @@ class NumpyBackend:
         if dense.dropout is not None:
             self.dropout_forward(dense.dropout, draw)
 
-    def dense_backward(self, dense: Dense) -> None:
+    def dense_backward(self, dense: Dense, draw: Draw) -> None:
         views, d = dense.work, dense.d
         if dense.dropout is not None:
-            self.dropout_backward(dense.dropout)
+            np.multiply(d, dense.dropout.keep, out=d)  # type: ignore[arg-type]
         if dense.after is not None:
             norm_backward(dense.after)
         f_grad = dense.f.f_grad
@@ -109,21 +136,21 @@ class NumpyBackend:
             return
         for i, rate in enumerate(dropout.rates):
             random.dropout_scale(
-                dropout.keep[i],
+                dropout.keep[i],  # type: ignore[index]
                 rate,
                 seed=int(draw.seeds[i]),
                 step=int(draw.steps[i]),
                 model=int(draw.streams[i]),
                 layer=dropout.layer,
             )
-        np.multiply(dropout.x, dropout.keep, out=dropout.out)
-
-    def dropout_backward(self, dropout: Dropout) -> None:
-        np.multiply(dropout.d, dropout.keep, out=dropout.d)
+        np.multiply(dropout.x, dropout.keep, out=dropout.out)  # type: ignore[arg-type]
 
     def join(self, join: Join) -> None:
         if join.concat:
-            np.concatenate(join.parts, axis=-1, out=join.out)
+            stop = 0
+            for part in join.parts:
+                start, stop = stop, stop + part.shape[-1]
+                np.copyto(join.out[..., start:stop], part)
             return
         np.add(join.parts[0], join.parts[1], out=join.out)
         for part in join.parts[2:]:
@@ -140,15 +167,35 @@ class NumpyBackend:
 
     # --- loss and update
 
-    def loss(self, loss: Any, z, y, weight, dz) -> np.ndarray:
-        return weighted_mean(loss.f(z, y, dz), weight, dz)
+    def loss(self, loss: Any, z, batch: Batch, dz) -> np.ndarray:
+        return weighted_mean(loss.f(z, batch.targets, dz), batch.weights, dz)
 
     def update(self, bound: Any, models: slice, learning_rate: Any) -> None:
         bound.step(models, learning_rate)
 
-    def limit_norms(self, W, max_norm) -> None:
+    def limit_norms(self, network: Any, name: str, max_norm: float, models: slice) -> None:
+        W = network.parameters[name][models]
         norm = np.sqrt(np.vecdot(W, W))
         np.multiply(W, (max_norm / np.maximum(norm, max_norm))[..., None], out=W)
+
+    # --- vectors of parameters, for L-BFGS
+
+    def dot(self, a, b) -> np.ndarray:
+        if b is None:
+            return np.abs(a).sum(axis=1, dtype=np.float64)
+        return np.vecdot(a.astype(np.float64), b.astype(np.float64))
+
+    def combine(self, out, alpha, x, beta, y) -> None:
+        first = x if alpha is None else alpha[:, None].astype(x.dtype) * x
+        if y is None:
+            np.copyto(out, first)
+            return
+        np.add(first, y if beta is None else beta[:, None].astype(y.dtype) * y, out=out)
+
+    def penalize(self, bound: Any) -> None:
+        for _, penalties in bound.blocks(slice(0, bound.network.models)):
+            if penalties is not None:
+                bound.regularise(*penalties)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

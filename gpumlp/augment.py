@@ -52,12 +52,14 @@ class Mixup:
     def __post_init__(self) -> None:
         check_number(self.alpha, "alpha", 0, np.inf, "()")
 
+    def share(self, seed: int, model: int, step: int) -> float:
+        """λ of one batch."""
+        return random.generator(seed=seed, purpose=Purpose.MIXUP, step=step, model=model).beta(self.alpha, self.alpha)
+
     def apply(self, batch: Batch, draw: Draw) -> None:
         targets = batch.targets
         for i, (x, seed, model, step) in enumerate(_models(batch.x, draw)):
-            share = random.generator(seed=seed, purpose=Purpose.MIXUP, step=step, model=model).beta(
-                self.alpha, self.alpha
-            )
+            share = self.share(seed, model, step)
             for part in (x, targets[i]) if batch.weights is None else (x, targets[i], batch.weights[i]):
                 part[...] = share * part + (1 - share) * part[::-1]
 

@@ -27,14 +27,19 @@ Record = dict[str, Any]  # of one epoch: epoch, loss, val_loss, a metric's name,
 class Callback:
     """Methods that ``Trainer.fit`` calls; all do nothing here.
 
+    A GPU makes many steps at a time; a callback with ``on_step_end`` has it stop and report after every one, which takes
+    far longer, unless it says ``every_step = False``: then it is called after as many as were made together.
+
     ``trainer`` has ``network``, ``epoch``, ``epochs``, ``position`` (steps made in this epoch), ``steps_per_epoch`` and
     ``history``. Values in a record are numbers, or lists of one for each model of a fleet.
     """
 
+    every_step = True
+
     def on_fit_begin(self, trainer: Trainer) -> None: ...
 
     def on_step_end(self, trainer: Trainer, loss: np.ndarray) -> None:
-        """After every step; ``loss`` (models,) is the batch's."""
+        """After every step; ``loss`` (models,) is the batch's, None where ``every_step`` is False."""
 
     def on_epoch_end(self, trainer: Trainer, record: Record) -> np.ndarray | None: ...
 
@@ -146,6 +151,8 @@ class ProgressBar(Callback):
         show: True, False, or None for only when standard error is a terminal.
     """
 
+    every_step = False
+
     def __init__(self, show: bool | None = None) -> None:
         self.show = show
         self.bar: Any = None
@@ -164,7 +171,7 @@ class ProgressBar(Callback):
     def on_step_end(self, trainer: Trainer, loss: np.ndarray) -> None:
         if self.bar is None:
             return
-        self.bar.update()
+        self.bar.update(trainer.epochs_done * trainer.steps_per_epoch + trainer.position - self.bar.n)
         now = time.monotonic()
         if now - self._shown > 0.1:  # writing the loss costs more than a small network's step
             self._shown = now

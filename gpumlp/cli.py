@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, commands
+from .network import PRECISIONS
 from .optimizers import OPTIMIZERS
 from .schedules import SCHEDULES
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--patience", type=int, metavar="EPOCHS", help="stop early, by a tenth of the rows held out")
     training.add_argument("--time-limit", type=float, metavar="SECONDS")
+    training.add_argument("--precision", default="float32", choices=PRECISIONS, help="what a GPU may do with float32")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--test-share", type=float, default=0.2, help="held out where the data has no test rows")
     regular = t.add_argument_group("regularisation")

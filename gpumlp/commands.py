@@ -138,6 +138,7 @@ def _network(options: argparse.Namespace, data: Dataset) -> tuple[Network, Loss]
         n_features=data.X.shape[1],
         seed=options.seed,
         device=options.device,
+        precision=options.precision,
         standardize=False if scaling == "none" else scaling,
         standardize_targets=loss.row.output == "identity",
         input_dropout=options.input_dropout,

@@ -51,7 +51,8 @@ def gradient_check(network: Network, X: Any, y: Any, loss: Any = None) -> dict[s
     twin = network.copy(dtype="float64")
     X = check_X(X, network.n_features, dtype=np.float64)
     targets = _fitted_targets(twin, loss, y, len(X))
-    running = {name: values.copy() for name, values in twin.statistics.items()}
+    here = twin.backend.to_numpy
+    running = {name: here(values).copy() for name, values in twin.statistics.items()}
 
     def value_and_gradient() -> np.ndarray:
         value, dz = loss(twin.forward(X), targets)
@@ -61,13 +62,13 @@ def gradient_check(network: Network, X: Any, y: Any, loss: Any = None) -> dict[s
         return np.atleast_1d(value)
 
     value_and_gradient()
-    analytic = {name: gradient.copy() for name, gradient in twin.gradients.items()}
+    analytic = {name: here(gradient).copy() for name, gradient in twin.gradients.items()}
     errors = {}
     for k, (name, w) in enumerate(twin.parameters.items()):
         direction = random.generator(seed=0, purpose=random.Purpose.DATA, layer=k).standard_normal(w.shape)
         over = tuple(range(1, w.ndim))
         direction /= np.sqrt(np.sum(direction**2, axis=over, keepdims=True))
-        start = w.copy()
+        start = here(w).copy()
         values = []
         for sign in (1, -1):
             w[...] = start + sign * DIFFERENCE * direction
@@ -129,6 +130,8 @@ def diagnose(network: Network, X: Any, y: Any = None, loss: Any = None) -> Diagn
         raise ValueError("diagnose looks at one network; take a model of the fleet: network[0].diagnose(X)")
     X = check_X(X, network.n_features)
     n, X = len(X), X[:ROWS]
+    if network.backend.is_device:
+        network = network.copy(device="cpu")
     if network.standardize is not None and network.shift is None:  # as the fit to come will do
         network = network.copy()
         network.learn_standardization(X, np.zeros((len(X), network.n_outputs)))

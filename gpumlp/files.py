@@ -44,7 +44,7 @@ def to_bytes(network: Network) -> bytes:
     """The model as the content of a file."""
     tensors = {**network.parameters, **network.statistics}
     tensors |= {f"{network.places[0].name}.{name}": v for name in SCALINGS if (v := getattr(network, name)) is not None}
-    return pack("model", describe(network), tensors)
+    return pack("model", describe(network), {name: network.backend.to_numpy(v) for name, v in tensors.items()})
 
 
 def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> Network:

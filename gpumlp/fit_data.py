@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data.checks import check_number, check_sample_weight, check_targets, check_X, encode_labels
+from .data.checks import check_number, check_sample_weight, check_targets, encode_labels
 from .data.splits import split_indices
 from .losses import Loss
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Data:
     """What a fit reads: checked arrays, and which rows each model sees."""
 
-    X: np.ndarray  # (n_samples, n_features)
+    X: Any  # (n_samples, n_features), on the host, or on the network's device where the user gave it there
     y: np.ndarray  # (n_samples,) int64 labels or (n_samples, n_outputs)
     weight: np.ndarray | None  # (n_samples,)
     rows: list[np.ndarray] | None  # of each model; None for all rows
@@ -36,7 +36,7 @@ def prepare(
     validation_data: Any,
     validation_split: float | None,
     learn: bool,
-) -> tuple[Data, tuple | None]:
+) -> tuple[Data, tuple[Any, Any, Any] | None]:
     """Check everything: what the training reads, and what validation reads, (X, y, weight) or None.
 
     Args:
@@ -45,11 +45,14 @@ def prepare(
     Raises:
         ValueError, TypeError: as ``Trainer.fit``.
     """
-    X = check_X(X, network.n_features, dtype=network.dtype)
+    X = network.check_X(X)
+    y, sample_weight = on_host(network, y), on_host(network, sample_weight)
     if validation_split is not None:
         check_number(validation_split, "validation_split", 0, 1, "()")
         if validation_data is not None:
             raise ValueError("give validation_data or validation_split, not both")
+        if not isinstance(X, np.ndarray):
+            raise ValueError("validation_split picks rows on the host; for X on the GPU give validation_data or rows")
         if rows is not None:
             raise ValueError("validation_split would cut across rows; give validation_data")
     y = targets_for(network, loss, y, len(X), learn_classes=learn)
@@ -58,9 +61,10 @@ def prepare(
     if validation_data is not None:
         if not isinstance(validation_data, tuple | list) or len(validation_data) not in (2, 3):
             raise ValueError("validation_data must be (X, y) or (X, y, sample_weight)")
-        X_val = check_X(validation_data[0], network.n_features, name="validation X", dtype=network.dtype)
-        weight_val = check_sample_weight(validation_data[2], len(X_val)) if len(validation_data) == 3 else None
-        validation = (X_val, targets_for(network, loss, validation_data[1], len(X_val), "validation y"), weight_val)
+        X_val = network.check_X(validation_data[0], "validation X")
+        y_val, *given = (on_host(network, values) for values in validation_data[1:])
+        weight_val = check_sample_weight(given[0], len(X_val)) if given else None
+        validation = (X_val, targets_for(network, loss, y_val, len(X_val), "validation y"), weight_val)
     if rows is not None:
         rows = _check_rows(rows, network.models, len(X))
         if isinstance(loss.class_weight, str):
@@ -83,6 +87,12 @@ def prepare(
     if learn or lacks_scales or lacks_target_scales:
         network.learn_standardization(X, y, rows)
     return Data(X, y, weight, rows), validation
+
+
+def on_host(network: Network, values: Any) -> Any:
+    """Targets and weights, which are checked on the host wherever they lie."""
+    there = network.backend.adopt(values)
+    return values if there is None else network.backend.to_numpy(there)
 
 
 def targets_for(
@@ -113,8 +123,9 @@ def targets_for(
 
 def scaled_targets(network: Network, y: np.ndarray) -> np.ndarray:
     """Targets (models or 1, rows[, outputs]) in the units that the network fits."""
-    shift, scale = network.target_scaling_of(slice(0, network.models), True)
-    return y[None] if shift is None else (y[None] - shift) * scale
+    if network.target_shift is None or network.target_scale is None:
+        return y[None]
+    return (y[None] - network.target_shift[:, None, :]) * network.target_scale[:, None, :]
 
 
 def _check_rows(rows: Any, models: int, n: int) -> list[np.ndarray]:

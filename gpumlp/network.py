@@ -18,9 +18,10 @@ from .places import arrange, connect, graph, tensor_shapes
 from .workspace import Workspace
 
 ALIGNMENT = 32  # elements: every tensor starts at a multiple of 128 bytes in float32
-PREDICTION_ROWS = 1024  # rows that a prediction handles at a time
+PREDICTION_BYTES = 1 << 28  # that the layers' buffers may take in a prediction
 SCALINGS = ("shift", "scale", "target_shift", "target_scale")
 DTYPES = ("float32", "float64")
+PRECISIONS = ("float32", "tf32", "bf16")
 STANDARDIZE = {False: None, True: "columns", None: None, "columns": "columns", "global": "global"}
 
 
@@ -33,8 +34,11 @@ class Network:
         models: None is one network. A number makes a fleet: arrays then carry a leading axis ``models``.
         seed: an integer, from which every model draws its own stream; or one integer for each model. Model i of a fleet
             with ``seed=[s0, s1, ...]`` equals ``Network(..., seed=s_i)``; with one seed, model 0 does.
-        device: "auto", "cpu", "cuda", "cuda:1". ``device_reason`` says what was taken and why.
+        device: "auto", "cpu", "cuda", "cuda:1", or a backend. ``device_reason`` says what was taken and why.
         dtype: "float32" or "float64", of parameters and arithmetic.
+        precision: what a GPU may do with float32: "float32" nothing, "tf32" multiply matrices with 10 bits of mantissa,
+            "bf16" keep the layers' values in bfloat16 as well. Parameters, sums and the optimizer stay in float32. NumPy
+            computes in float32 whatever is allowed.
         standardize: learn each column's mean and standard deviation from the training rows and keep them in the model:
             True or "columns"; "global" takes one mean and deviation for all columns, right for images. x' = (x - μ) / σ.
         standardize_targets: learn the mean and standard deviation of each column of y too: the network then fits
@@ -61,8 +65,9 @@ class Network:
         n_features: int | None = None,
         models: int | None = None,
         seed: Any = 0,
-        device: str = "auto",
+        device: Any = "auto",
         dtype: Any = "float32",
+        precision: str = "float32",
         standardize: bool | str | None = False,
         standardize_targets: bool = False,
         input_dropout: Any = 0.0,
@@ -73,6 +78,14 @@ class Network:
             raise ValueError(f"models={models!r} must be an integer of at least 1, or None for one network")
         self.models = 1 if models is None else int(models)
         self.dtype = _dtype(dtype)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r} is unknown; allowed: {', '.join(PRECISIONS)}")
+        if precision != "float32" and self.dtype != np.float32:
+            raise ValueError(
+                f"precision={precision!r} is for dtype='float32'; this network has dtype={self.dtype.name!r}"
+            )
+        self.precision = precision
+        self.storage = self.backend.storage(self.dtype, precision)  # of the layers' buffers
         if not isinstance(standardize, bool | str | None) or standardize not in STANDARDIZE:
             raise ValueError(f"standardize={standardize!r} is unknown; allowed: False, True, 'columns', 'global'")
         self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
@@ -115,18 +128,24 @@ class Network:
         self.flat = self.backend.zeros((self.models, end), self.dtype)
         self.flat_gradient = self.backend.zeros((self.models, end), self.dtype)
 
-        def views(buffer):
-            return {
-                name: buffer[:, start : start + int(np.prod(shape))].reshape(self.models, *shape)
-                for name, (start, shape) in offsets.items()
-            }
-
+        self._offsets = offsets
+        views = self._views
         self.parameters, self.gradients = views(self.flat), views(self.flat_gradient)
+        # What products read: the parameters, or a copy of them in bfloat16 that every update renews.
+        self.shadow = None if self.storage == self.dtype else self.backend.zeros((self.models, end), self.storage)
+        self.working = self.parameters if self.shadow is None else views(self.shadow)
         self.statistics = {
-            f"{place.name}.{name}": np.zeros((self.models, place.units), self.dtype)
+            f"{place.name}.{name}": self.backend.zeros((self.models, place.units), self.dtype)
             for place in self.places
             if place.is_dense and place.layer.norm == "batch"
             for name in ("mean", "variance")
+        }
+
+    def _views(self, buffer: Any) -> dict[str, Any]:
+        """The tensors of a flat buffer (models, n), by name."""
+        return {
+            name: buffer[:, start : start + int(np.prod(shape))].reshape(self.models, *shape)
+            for name, (start, shape) in self._offsets.items()
         }
 
     def initialize(self) -> None:
@@ -137,6 +156,8 @@ class Network:
         self.target_shift: np.ndarray | None = None  # (models, n_outputs), with target_scale
         self.target_scale: np.ndarray | None = None
         self.classes = None
+        flat = np.zeros(self.flat.shape, self.dtype)  # drawn on the host
+        parameters = self._views(flat)
         for place in self.places:
             if not place.is_dense:
                 continue
@@ -148,10 +169,10 @@ class Network:
                     model=int(self.streams[i]),
                     layer=place.index,
                 )
-                self.parameters[f"{place.name}.W"][i] = initializer.draw(generator, place.units, place.fan_in)
-            for name, value in (("b", 0.0), ("gamma", 1.0), ("beta", 0.0)):
-                if f"{place.name}.{name}" in self.parameters:
-                    self.parameters[f"{place.name}.{name}"][...] = value
+                parameters[f"{place.name}.W"][i] = initializer.draw(generator, place.units, place.fan_in)
+            if f"{place.name}.gamma" in parameters:
+                parameters[f"{place.name}.gamma"][...] = 1.0
+        self.flat[...] = flat
         for name, values in self.statistics.items():
             values[...] = 1.0 if name.endswith(".variance") else 0.0
 
@@ -179,8 +200,7 @@ class Network:
             raise ValueError(f"X has shape {X.shape}; forward takes (batch, {self.n_features}){own}, batch at least 1")
         per_model = own_rows or self.scales_apart
         workspace = self.workspace(X.shape[-2], per_model)
-        np.copyto(workspace.x, X, casting="unsafe")
-        self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
+        self._load(workspace, X)
         self._ready = workspace if training else None
         logits = self.backend.to_numpy(workspace.forward(training))
         return logits.copy() if self.is_fleet else logits[0].copy()
@@ -202,9 +222,48 @@ class Network:
         expected = workspace.dz.shape if self.is_fleet else workspace.dz.shape[1:]
         if dz.shape != expected:
             raise ValueError(f"dz has shape {dz.shape}; the last forward returned logits of shape {expected}")
-        np.copyto(workspace.dz, dz)
+        self.backend.fill(workspace.dz, dz)
         self._ready = None
         workspace.backward()
+
+    def check_X(self, X: Any, name: str = "X") -> Any:
+        """X (n_samples, n_features) checked, as an array of the host, or without a copy where it lies on the network's GPU.
+
+        Raises:
+            TypeError, ValueError: as ``gpumlp.data.checks.check_X``; an array on a device that the network is not on.
+        """
+        there = self.backend.adopt(X)
+        if there is None:
+            return check_X(X, self.n_features, name=name, dtype=self.dtype)
+        if there.ndim != 2 or there.shape[1] != self.n_features or not len(there):
+            raise ValueError(
+                f"{name} has shape {there.shape}; expected (n_samples, {self.n_features}), n_samples at least 1"
+            )
+        if not there.is_contiguous:
+            raise ValueError(f"{name} on the GPU must be C-contiguous: pass cupy.ascontiguousarray({name})")
+        at = self.backend.first_nonfinite(there)  # type: ignore[attr-defined]
+        if at is not None:
+            row, column = divmod(at, self.n_features)
+            raise ValueError(f"{name} holds NaN or infinity at row {row}, column {column}: remove or fill such values")
+        return there
+
+    def _like(self, values: np.ndarray, X: Any) -> Any:
+        """An answer on the side where the question lay; names of classes are for the host alone."""
+        there = not isinstance(X, np.ndarray) and values.dtype.kind in "fiu" and self.backend.adopt(X) is not None
+        return self.backend.export(values, X) if there else values
+
+    def _load(self, workspace: Workspace, X: Any) -> None:
+        """X, cast and standardised, into a workspace whose own copies are brought up to date."""
+        self.renew()
+        if self.backend.is_device:
+            workspace.draw.steps[...] = self.steps[workspace.models]
+        self.backend.fill(workspace.x, X)
+        self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, workspace.per_model_rows))
+
+    def renew(self) -> None:
+        """Bring the parameters that products read up to date with ``flat``, which may have been assigned to."""
+        if self.shadow is not None:
+            self.backend.fill(self.shadow, self.flat)
 
     def workspace(self, batch: int, per_model_rows: bool) -> Workspace:
         """Training buffers for ``batch`` rows: a view of the largest made so far, or a new one."""
@@ -217,7 +276,7 @@ class Network:
         """Count an update of ``models`` and hold their weights within the layers' largest norms."""
         self.steps[models] += 1
         for name, max_norm in self._limits:
-            self.backend.limit_norms(self.parameters[name][models], max_norm)
+            self.backend.limit_norms(self, name, max_norm, models)
 
     # --- standardisation
 
@@ -236,6 +295,7 @@ class Network:
             self.target_scale[self.target_scale == 0] = 1.0  # predictions divide by it
 
     def _learn(self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        values = self.backend.to_numpy(values)
         parts: list[Any] = list(rows) if rows else [None]
         learned = [standardization(values, part, mode=mode) for part in parts]
         shape = (self.models, values.shape[1])
@@ -246,7 +306,7 @@ class Network:
 
     def standardization_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
         """Shift and scale (models or 1, 1, n_features) for a batch of ``models``; None and None where there are none."""
-        return _part(self.shift, self.scale, models if per_model_rows else slice(0, 1))
+        return self._part(("shift", "scale"), models if per_model_rows else slice(0, 1))
 
     @property
     def scales_apart(self) -> bool:
@@ -256,7 +316,13 @@ class Network:
 
     def target_scaling_of(self, models: slice, per_model_rows: bool) -> tuple[Any, Any]:
         """The same for targets, (models or 1, 1, n_outputs)."""
-        return _part(self.target_shift, self.target_scale, models if per_model_rows else slice(0, 1))
+        return self._part(("target_shift", "target_scale"), models if per_model_rows else slice(0, 1))
+
+    def _part(self, names: tuple[str, str], models: slice) -> tuple[Any, Any]:
+        return tuple(  # type: ignore[return-value]
+            None if values is None else self.backend.asarray(values[models, None, :])
+            for values in (getattr(self, name) for name in names)
+        )
 
     # --- prediction
 
@@ -279,27 +345,34 @@ class Network:
     def logits(self, X: Any) -> np.ndarray:
         """Values of the output layer for X (n_samples, n_features): (n_samples, n_outputs), a fleet's with a leading axis.
 
+        An array on the network's GPU (CuPy, PyTorch, anything with DLPack or ``__cuda_array_interface__``) is read where it
+        lies, and the answer is one of its kind; so it is with every prediction.
+
         Raises:
             ValueError: wrong shape or dtype, no rows, NaN or infinity (row and column named).
         """
-        X = check_X(X, self.n_features, dtype=self.dtype)
+        return self._like(self._logits(X), X)
+
+    def _logits(self, X: Any) -> np.ndarray:
+        X = self.check_X(X)
         z = np.empty((self.models, len(X), self.n_outputs), self.dtype)
         for start, part in self.logits_of(X):
             z[:, start : start + part.shape[1]] = part
         return z if self.is_fleet else z[0]
 
-    def logits_of(self, X: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def logits_of(self, X: Any) -> Iterator[tuple[int, np.ndarray]]:
         """First row and logits (models, rows, n_outputs) of each stretch of a checked X; the buffer is reused."""
         # The buffers are taken for the time of the call, so that two threads may predict at once.
         per_model = self.scales_apart
+        bytes_per_row = self.models * self.dtype.itemsize * sum(place.units for place in self.places)
+        at_once = min(len(X), self.backend.prediction_rows, max(1, PREDICTION_BYTES // bytes_per_row))
         held = vars(self).pop("_prediction", None)  # in one go, which a swap is not
-        if held is None or held.batch < min(len(X), PREDICTION_ROWS) or held.per_model_rows != per_model:
-            held = Workspace(self, min(len(X), PREDICTION_ROWS), training=False, per_model_rows=per_model)
+        if held is None or held.batch < at_once or held.per_model_rows != per_model:
+            held = Workspace(self, at_once, training=False, per_model_rows=per_model)
         for start in range(0, len(X), held.batch):
             rows = X[start : start + held.batch]
             workspace = held.view(slice(0, self.models), len(rows))
-            np.copyto(workspace.x, rows, casting="unsafe")
-            self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, per_model))
+            self._load(workspace, rows)
             yield start, self.backend.to_numpy(workspace.forward(training=False))
         self._prediction = held
 
@@ -312,7 +385,7 @@ class Network:
         Raises:
             ValueError: as ``logits``.
         """
-        return self.decide(self.logits(X))
+        return self._like(self.decide(self._logits(X)), X)
 
     def decide(self, z: np.ndarray) -> np.ndarray:
         """Predictions from logits (..., n_samples, n_outputs)."""
@@ -331,10 +404,10 @@ class Network:
 
     def values(self, z: np.ndarray, output: str = "identity") -> np.ndarray:
         """Predicted values in the units of y from logits (n_samples, n_outputs) or (models, n_samples, n_outputs)."""
-        shift, scale = self.target_scaling_of(slice(0, self.models), True)
         values = output_values(z, output)
-        if shift is None:
+        if self.target_shift is None or self.target_scale is None:
             return values
+        shift, scale = self.target_shift[:, None, :], self.target_scale[:, None, :]
         return values / scale + shift if z.ndim == 3 else values / scale[0] + shift[0]
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -351,25 +424,26 @@ class Network:
                 else f"is {self._loss.name!r}"
             )
             raise RuntimeError(f"predict_proba needs a loss over classes; the network's loss {known}")
-        p = output_values(self.logits(X), self._loss.row.output)
+        p = output_values(self._logits(X), self._loss.row.output)
         if self._loss.row.output == "sigmoid" and self.n_outputs == 1:
-            return np.concatenate([1 - p, p], axis=-1)
-        return p
+            p = np.concatenate([1 - p, p], axis=-1)
+        return self._like(p, X)
 
     # --- a network as a thing
 
-    def copy_weights(self, into: dict[str, np.ndarray], models: np.ndarray) -> None:
+    def copy_weights(self, into: dict[str, Any], models: np.ndarray) -> None:
         """Copy parameters and running statistics of the models in the mask into ``into``, made where it is empty."""
         for name, values in {"flat": self.flat, **self.statistics}.items():
             if name not in into:
-                into[name] = values.copy()
+                into[name] = self.backend.empty(values.shape, self.dtype)
+                into[name][...] = values
             else:
-                into[name][models] = values[models]
+                _copy_models(into[name], values, models)
 
-    def set_weights(self, weights: dict[str, np.ndarray], models: np.ndarray) -> None:
+    def set_weights(self, weights: dict[str, Any], models: np.ndarray) -> None:
         """Take parameters and running statistics for the models in the mask, as ``copy_weights`` left them."""
         for name, values in {"flat": self.flat, **self.statistics}.items():
-            values[models] = weights[name][models]
+            _copy_models(values, weights[name], models)
 
     def __getitem__(self, i: int) -> Network:
         """Model ``i`` as a network of its own: a copy. Raises IndexError out of range."""
@@ -380,8 +454,8 @@ class Network:
     def __len__(self) -> int:
         return self.models
 
-    def copy(self, *, model: int | None = None, dtype: Any = None) -> Network:
-        """The same network with memory of its own, in another ``dtype`` if given; or one ``model`` of it."""
+    def copy(self, *, model: int | None = None, dtype: Any = None, device: Any = None) -> Network:
+        """The same network with memory of its own, in another ``dtype``, on another ``device``; or one ``model`` of it."""
         part = slice(0, self.models) if model is None else slice(model, model + 1)
         layers = [
             replace(place.layer, dropout=float(place.dropout[model]))
@@ -393,20 +467,22 @@ class Network:
             *connect(layers, [place.inputs for place in self.places]),
             models=self.models if model is None and self.is_fleet else None,
             seed=self.seeds[part],
-            device=self.backend.device,
+            device=device or self.backend,
             dtype=dtype or self.dtype,
+            precision=self.precision if dtype is None else "float32",
             standardize=self.standardize,
             standardize_targets=self.standardize_targets,
         )
         new.streams, new.steps = self.streams[part].copy(), self.steps[part].copy()
-        new.flat[...] = self.flat[part]
+        here = self.backend.to_numpy
+        new.flat[...] = here(self.flat)[part]
         for name, values in self.statistics.items():
-            new.statistics[name][...] = values[part]
+            new.statistics[name][...] = here(values)[part]
         for name in SCALINGS:
             if getattr(self, name) is not None:
                 setattr(new, name, getattr(self, name)[part].astype(new.dtype))
         new.classes, new.feature_names, new.target_names = self.classes, self.feature_names, self.target_names
-        new.device_reason = self.device_reason
+        new.device_reason = new.device_reason if device else self.device_reason
         new._loss = self._loss if self._loss is None or model is None else self._loss.for_model(model)
         return new
 
@@ -466,8 +542,9 @@ class Network:
         return diagnose(self, X, y, loss)
 
 
-def _part(shift: Any, scale: Any, models: slice) -> tuple[Any, Any]:
-    return (None, None) if shift is None else (shift[models, None, :], scale[models, None, :])
+def _copy_models(into: Any, values: Any, models: np.ndarray) -> None:
+    for i in np.flatnonzero(models):
+        into[i : i + 1] = values[i : i + 1]
 
 
 def _dtype(dtype: Any) -> np.dtype:

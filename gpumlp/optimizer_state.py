@@ -28,7 +28,7 @@ class OptimizerState:
                 )
         self.states = {name: network.backend.zeros(shape, dtype) for name in optimizer.states}
         self.t = np.zeros(models, np.int64)  # steps taken, per model
-        self.scratch = network.backend.empty((BLOCK,), dtype)
+        self.scratch = np.empty(0, dtype) if network.backend.is_device else network.backend.empty((BLOCK,), dtype)
         self._blocks: dict[tuple[int, int], list] = {}
         self._cuts: dict[tuple[int, int], Optimizer] = {}
         n = len(optimizer.coefficients(1, 1.0)) if not optimizer.full_batch else 0
@@ -40,9 +40,23 @@ class OptimizerState:
         self.has_decay = bool(np.any(optimizer.weight_decay))
         self.regularises = self.has_l1 or self.has_l2 or self.has_decay
         self.clips = optimizer.clip_norm is not None or optimizer.clip_value is not None
+        # What a line search puts back before each trial.
+        kept = network.statistics.items() if optimizer.full_batch else ()
+        self.statistics = {name: network.backend.zeros(values.shape, dtype) for name, values in kept}
+        self.work: Any = None  # what a backend keeps for it
 
     def step(self, models: slice, learning_rate: Any) -> None:
-        """One update of the models in ``models``; the others stay as they are."""
+        """One update of the models in ``models``, on the host; the others stay as they are."""
+        self.advance(models, learning_rate)
+        if self.clips:
+            self.clip(models)
+        for arrays, penalties in self.blocks(models):
+            if penalties is not None:
+                self.regularise(*penalties)
+            self.optimizer.update(*arrays)
+
+    def advance(self, models: slice, learning_rate: Any) -> None:
+        """Count a step of ``models`` and set its coefficients."""
         o = self.optimizer
         self.t[models] += 1
         rate, steps = _of(learning_rate, models), self.t[models]
@@ -55,14 +69,18 @@ class OptimizerState:
         else:
             for c, value in zip(self.c, coefficients, strict=True):
                 c[models] = value
-        if self.clips:
-            self.clip(models)
         if self.has_decay:
             self.shrink[models, 0] = 1 - rate * np.asarray(_of(o.weight_decay, models))
-        for arrays, penalties in self.blocks(models):
-            if penalties is not None:
-                self.regularise(*penalties)
-            o.update(*arrays)
+
+    def table(self, t: np.ndarray, rates: np.ndarray) -> np.ndarray:
+        """The coefficients of many steps, and behind them ``shrink``: (coefficients + 1, steps, models).
+
+        Args:
+            t: (steps, models) steps taken, each counted from 1.
+            rates: (steps, models) learning rates.
+        """
+        rows = [*self.optimizer.coefficients(t, rates), 1 - rates * np.asarray(self.optimizer.weight_decay)]
+        return np.stack([np.broadcast_to(np.asarray(row, self.network.dtype), t.shape) for row in rows])
 
     def cut(self, models: slice) -> Optimizer:
         """The optimizer with its per-model hyper-parameters cut to ``models``; itself where all are numbers."""
@@ -96,12 +114,10 @@ class OptimizerState:
 
     def penalty(self) -> np.ndarray:
         """l1 Σ|w| + ½ l2 Σ w², (models,) float64."""
-        w = self.network.flat[:, : self.network.n_weights].astype(np.float64)
-        return self.l1[:, 0] * np.abs(w).sum(axis=1) + 0.5 * self.l2[:, 0] * np.vecdot(w, w)
-
-    def rebuild(self) -> None:
-        """Forget the views of buffers that were replaced."""
-        self._blocks.clear()
+        if not (self.has_l1 or self.has_l2):
+            return np.zeros(self.network.models)
+        w, dot = self.network.flat[:, : self.network.n_weights], self.network.backend.dot
+        return self.l1[:, 0] * dot(w, None) + 0.5 * self.l2[:, 0] * dot(w, w)
 
     def blocks(self, models: slice) -> list:
         """Views of all buffers in blocks of at most BLOCK elements: whole rows of small models, parts of large ones."""

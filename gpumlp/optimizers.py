@@ -51,6 +51,7 @@ class Optimizer:
     clip_value: Hyper = field(default=None, kw_only=True)
 
     states: ClassVar[tuple[str, ...]] = ()  # names of the buffers kept beside the parameters
+    rule: ClassVar[str] = ""  # the name of the update's twin in kernels/optimizers.cu
     full_batch: ClassVar[bool] = False
     positive: ClassVar[tuple[str, ...]] = ("learning_rate", "epsilon", "clip_norm", "clip_value")
     below_one: ClassVar[tuple[str, ...]] = ("momentum", "beta1", "beta2", "rho")
@@ -75,7 +76,7 @@ class Optimizer:
     # --- a row's own part
 
     def coefficients(self, t: Any, learning_rate: Any) -> tuple:
-        """The numbers that ``update`` takes at step ``t`` = 1, 2, ..., for scalars and (models,) arrays alike."""
+        """The numbers that ``update`` takes at step ``t`` = 1, 2, ...: scalars, arrays (models,) or (steps, models)."""
         raise NotImplementedError
 
     @staticmethod
@@ -99,7 +100,7 @@ class Optimizer:
             ValueError: a second network; make an optimizer for each.
         """
         rate = self.learning_rate if learning_rate is None else learning_rate
-        self.bind(network).step(slice(0, network.models), rate)
+        network.backend.update(self.bind(network), slice(0, network.models), rate)
         network.after_update(slice(0, network.models))
 
     def bind(self, network: Network) -> OptimizerState:
@@ -163,7 +164,9 @@ class SGD(Optimizer):
         if self.nesterov and not np.all(np.asarray(self.momentum) > 0):
             raise ValueError(f"nesterov=True needs momentum > 0; momentum={self.momentum!r}")
         self.states = ("velocity",) if np.any(self.momentum) else ()  # type: ignore[misc]
-        self.update = self.descend if not self.states else self.nesterov_update if self.nesterov else self.heavy_ball  # type: ignore[method-assign]
+        self.rule = "descend" if not self.states else "nesterov" if self.nesterov else "heavy_ball"  # type: ignore[misc]
+        forms = {"descend": self.descend, "heavy_ball": self.heavy_ball, "nesterov": self.nesterov_update}
+        self.update: Callable[..., None] = forms[self.rule]  # type: ignore[method-assign, assignment]
 
     def coefficients(self, t, learning_rate):
         return learning_rate, self.momentum
@@ -202,6 +205,7 @@ class RMSprop(Optimizer):
     rho: Hyper = 0.99
     epsilon: Hyper = 1e-8
     states: ClassVar[tuple[str, ...]] = ("v",)
+    rule: ClassVar[str] = "rmsprop"
 
     def coefficients(self, t, learning_rate):
         return learning_rate, self.rho, 1 - np.asarray(self.rho), self.epsilon
@@ -229,6 +233,7 @@ class Adagrad(Optimizer):
     learning_rate: Hyper = 1e-2
     epsilon: Hyper = 1e-10
     states: ClassVar[tuple[str, ...]] = ("v",)
+    rule: ClassVar[str] = "adagrad"
 
     def coefficients(self, t, learning_rate):
         return learning_rate, self.epsilon
@@ -255,6 +260,7 @@ class Adadelta(Optimizer):
     rho: Hyper = 0.9
     epsilon: Hyper = 1e-6
     states: ClassVar[tuple[str, ...]] = ("v", "u")
+    rule: ClassVar[str] = "adadelta"
 
     def coefficients(self, t, learning_rate):
         return learning_rate, self.rho, 1 - np.asarray(self.rho), self.epsilon
@@ -293,6 +299,7 @@ class Adam(Optimizer):
     beta2: Hyper = 0.999
     epsilon: Hyper = 1e-8
     states: ClassVar[tuple[str, ...]] = ("m", "v")
+    rule: ClassVar[str] = "adam"
 
     def coefficients(self, t, learning_rate):
         root = ((1 - self.beta2) / (1 - self.beta2**t)) ** 0.5  # √v̂ = root · √(the buffer)
@@ -329,6 +336,7 @@ class NAdam(Adam):
 
     learning_rate: Hyper = 2e-3
     momentum_decay: Hyper = 4e-3
+    rule: ClassVar[str] = "nadam"
 
     def coefficients(self, t, learning_rate):
         root = ((1 - self.beta2) / (1 - self.beta2**t)) ** 0.5
@@ -361,9 +369,10 @@ _nadam_products: dict[float, list[float]] = {}  # by ψ: the products up to each
 
 
 def _nadam_product(t, psi):
-    """Π over k = 1..t of 1 - ½ 0.96^(ψ k), for numbers or (models,) arrays."""
+    """Π over k = 1..t of 1 - ½ 0.96^(ψ k), for numbers or arrays of them."""
     if np.ndim(t) or np.ndim(psi):
-        return np.array([_nadam_product(int(k), float(p)) for k, p in np.broadcast(t, psi)])
+        pairs = np.broadcast(t, psi)
+        return np.reshape([_nadam_product(int(k), float(p)) for k, p in pairs], pairs.shape)
     known = _nadam_products.setdefault(psi, [1.0])
     while len(known) <= t:
         known.append(known[-1] * (1 - 0.5 * 0.96 ** (psi * len(known))))

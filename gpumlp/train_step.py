@@ -44,6 +44,7 @@ class TrainStep:
     Args:
         batch_size: rows of a step; the full batch for an optimizer that needs it.
         shuffle: a new order in every epoch, of each model its own.
+        memory_limit: bytes of a device's memory that the data may fill; larger data stay on the host and travel in parts.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class TrainStep:
         batch_size: int,
         shuffle: bool,
         augment: tuple,
+        memory_limit: int | None = None,
     ) -> None:
         self.network, self.backend, self.loss, self.data, self.augment = network, network.backend, loss, data, augment
         self.optimizer, self.bound = optimizer, optimizer.bind(network)
+        self.memory_limit = memory_limit
         self.shuffle = shuffle and not optimizer.full_batch
         rows = data.rows or [np.arange(len(data.X))]
         self.rows = rows if len(rows) == network.models else rows * network.models
@@ -69,7 +72,6 @@ class TrainStep:
         varies = self.shuffle or data.rows is not None or bool(augment) or network.scales_apart
         self.per_model_rows = network.models > 1 and varies
         self.order = np.zeros((network.models if self.per_model_rows else 1, self.counts.max()), np.int64)
-        self.workspace = Workspace(network, self.batch_size, training=True, per_model_rows=self.per_model_rows)
         self._full_steps = int(self.counts.min() // self.batch_size)  # steps in which every model has a full batch
         self._repeats = False  # the full batch's loss and gradient after the last step are those before the next
         # Of each step of the epoch: the batch's mean loss, and its weight.
@@ -77,11 +79,19 @@ class TrainStep:
         self.diverged = np.zeros(network.models, bool)  # models whose loss was not finite; retire clears them
         self.has_diverged = False
         self.lost = np.zeros(network.models, bool)  # all that diverged in this fit
+        self.diverged_at = np.zeros(network.models, np.int64)  # the step of the epoch at which they did
         for i in range(len(self.order)):
             self.order[i, : self.counts[i]] = self.rows[i]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the buffers."""
+        network = self.network
+        self.workspace = Workspace(network, self.batch_size, training=True, per_model_rows=self.per_model_rows)
         self._batch = self._buffers()
         self._parts: dict[tuple, Part] = {}
         self._all = [self._part(slice(0, network.models), self.batch_size)]
+        self._last = np.full(network.models, np.nan)
 
     # --- an epoch
 
@@ -99,34 +109,57 @@ class TrainStep:
         loss, weight = np.vecdot(losses, weights), weights.sum(axis=1)
         return np.divide(loss, weight, out=np.full_like(loss, np.nan), where=weight > 0)
 
+    def take_up(self, log: np.ndarray, active: np.ndarray) -> None:
+        """Go on in the middle of an epoch, with what its steps have logged and the models that still train."""
+        self.log[...] = log
+        self.retire(~active)
+
+    def catch_up(self) -> None:
+        """Bring what the host knows of the fit up to date; on the host it is."""
+
+    def release(self) -> None:
+        """Give a device's memory back when the fit is over."""
+
     # --- a step
 
-    def run(self, position: int, learning_rate: Any) -> np.ndarray:
-        """Step ``position`` of the epoch; returns each model's mean loss over its batch, (models,), NaN where it had none.
+    def run(self, position: int, rates: Any, alone: bool = False) -> int:
+        """Make step ``position`` of the epoch, on a device also steps after it; returns how many were made.
+
+        Args:
+            rates: the learning rate of every step of the epoch: numbers, or (models,) arrays.
+            alone: one step only.
 
         A model whose loss is not finite is not updated.
         """
+        rate = rates[position]
         if self.optimizer.full_batch:
-            return self._full_batch_step(learning_rate)
+            self._last = self._full_batch_step(rate)
+            return 1
         parts = self._groups(position)
         if parts is self._all:
-            return self._step(position, parts[0], learning_rate)
-        losses = np.full(self.network.models, np.nan)
+            self._last = self._step(position, parts[0], rate)
+            return 1
+        self._last = np.full(self.network.models, np.nan)
         for part in parts:
-            losses[part.models] = self._step(position, part, learning_rate)
-        return losses
+            self._last[part.models] = self._step(position, part, rate)
+        return 1
+
+    def last_loss(self) -> np.ndarray:
+        """Each model's mean loss over the batch of the last step, (models,); NaN where it had none."""
+        return self._last
 
     def _step(self, position: int, part: Part, learning_rate: Any) -> np.ndarray:
         loss = self._gradient(position, part)
-        for models in [part.models] if _all_finite(loss) else self._finite(part.models, loss):
+        for models in [part.models] if _all_finite(loss) else self._finite(position, part.models, loss):
             self.backend.update(self.bound, models, learning_rate)
             self.network.after_update(models)
         return loss
 
-    def _finite(self, models: slice, loss: np.ndarray) -> list[slice]:
+    def _finite(self, position: int, models: slice, loss: np.ndarray) -> list[slice]:
         """The models whose loss is finite, one by one; the others are noted."""
         finite = np.isfinite(loss)
         self.diverged[models] |= ~finite
+        self.diverged_at[models][~finite] = position
         self.has_diverged = True
         return [slice(i, i + 1) for i, ok in zip(range(models.start, models.stop), finite, strict=True) if ok]
 
@@ -137,7 +170,7 @@ class TrainStep:
         if self.augment:
             self._augment(workspace, batch)
         z = workspace.forward()
-        loss = self.backend.loss(part.loss, z, batch.targets, batch.weights, workspace.dz)
+        loss = self.backend.loss(part.loss, z, batch, workspace.dz)
         workspace.backward()
         part.losses[:, position] = loss
         part.weights[:, position] = part.n if batch.weights is None else batch.weights.sum(axis=1, dtype=np.float64)
@@ -146,24 +179,17 @@ class TrainStep:
     def _augment(self, workspace: Workspace, batch: Batch) -> None:
         for row in self.augment:
             if row.before_scaling:
-                row.apply(batch, workspace.draw)
+                self.backend.augment(row, batch, workspace.draw)
         self.backend.standardize(batch.x, *self._input_scaling(workspace.models))
         for row in self.augment:
             if not row.before_scaling:
-                row.apply(batch, workspace.draw)
+                self.backend.augment(row, batch, workspace.draw)
 
     def _full_batch_step(self, learning_rate: Any) -> np.ndarray:
-        network, groups = self.network, self._groups(0)
-
-        def evaluate() -> np.ndarray:
-            losses = np.zeros(network.models)
-            for part in groups:
-                losses[part.models] = self._gradient(0, part)
-            return losses
-
+        network = self.network
         assert isinstance(self.optimizer, LBFGS)
         losses = iterate(
-            self.optimizer, self.bound, evaluate, learning_rate, active=self.active, same_data=self._repeats
+            self.optimizer, self.bound, self._full_gradient, learning_rate, active=self.active, same_data=self._repeats
         )
         losses = np.where(self.active, losses, np.nan)
         moved = any(place.is_dense and place.layer.max_norm is not None for place in network.places)  # by after_update
@@ -171,8 +197,15 @@ class TrainStep:
         self.log[:, :, 0] = losses, np.isfinite(losses)
         self.diverged |= self.active & ~np.isfinite(losses)
         self.has_diverged = bool(self.diverged.any())
-        for part in groups:
-            network.after_update(part.models)
+        for i in np.flatnonzero(self.active):
+            network.after_update(slice(i, i + 1))
+        return losses
+
+    def _full_gradient(self) -> np.ndarray:
+        """The gradient over all rows, and each model's loss."""
+        losses = np.zeros(self.network.models)
+        for part in self._groups(0):
+            losses[part.models] = self._gradient(0, part)
         return losses
 
     # --- which models, how many rows
@@ -221,19 +254,18 @@ class TrainStep:
         return Part(models, n, rows, workspace, own, loss, *self.log[:, models])
 
     def _input_scaling(self, models: slice) -> tuple[Any, Any]:
+        """Shift and scale of the input."""
         return self.network.standardization_of(models, self.per_model_rows)
 
     def _buffers(self) -> Batch:
         """The batch's own buffers at full size; x belongs to the workspace."""
         network, data, empty = self.network, self.data, self.backend.empty
-        y = data.y
-        if any(isinstance(row, Mixup) for row in self.augment) and y.ndim == 1:
-            y = np.eye(network.n_outputs, dtype=network.dtype)[y]  # labels that mix are probabilities
+        y = self._targets()
         shape = (len(self.order), self.batch_size)
         return Batch(
-            X=self.backend.asarray(data.X),  # here the data moves to the device, once
-            y=self.backend.asarray(y),
-            weight=None if data.weight is None else self.backend.asarray(data.weight),
+            X=data.X,
+            y=y,
+            weight=data.weight,
             raw=None if data.X.dtype == network.dtype else empty((*shape, network.n_features), data.X.dtype),
             x=self.workspace.x,
             targets=empty((*shape, *y.shape[1:]), y.dtype),
@@ -243,6 +275,13 @@ class TrainStep:
             target_shift=None,
             target_scale=None,
         )
+
+    def _targets(self) -> np.ndarray:
+        """y as the loss reads it: labels that mix are probabilities."""
+        y = self.data.y
+        if any(isinstance(row, Mixup) for row in self.augment) and y.ndim == 1:
+            y = np.eye(self.network.n_outputs, dtype=self.network.dtype)[y]
+        return y
 
 
 def _all_finite(loss: np.ndarray) -> bool:

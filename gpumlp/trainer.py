@@ -14,9 +14,10 @@ import numpy as np
 
 from .augment import check_augmentation
 from .callbacks import Callback, ProgressBar, check_callbacks, end_all, hooks
-from .data.checks import check_integer, check_number, check_sample_weight, check_X
-from .evaluation import evaluate
-from .fit_data import Data, prepare, targets_for
+from .data.checks import check_integer, check_number, check_sample_weight
+from .device_step import DeviceEvaluation, DeviceStep
+from .evaluation import Evaluation
+from .fit_data import Data, on_host, prepare, targets_for
 from .losses import Loss, get_loss
 from .metrics import Metric, get_metric
 from .network import Network
@@ -109,6 +110,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
         time_limit: float | None = None,
+        memory_limit: int | None = None,
     ) -> History:
         """Train for ``epochs`` epochs; a further call trains on from there.
 
@@ -124,7 +126,9 @@ class Trainer:
             shuffle: a new order in every epoch; each model has its own.
             callbacks: observers, called in order.
             progress: show a bar; None shows one on a terminal.
-            time_limit: seconds after which the fit ends, at the end of a step.
+            time_limit: seconds after which the fit ends, at the end of a step (on a GPU, of those made together).
+            memory_limit: bytes of a GPU's memory that X may fill. Larger data stay on the host and travel to the GPU while
+                it works on the steps before. None: four fifths of what is free.
 
         Returns:
             ``history``.
@@ -141,12 +145,15 @@ class Trainer:
         check_integer(batch_size, "batch_size", 1)
         if time_limit is not None:
             check_number(time_limit, "time_limit", 0, np.inf, "()")
+        if memory_limit is not None:
+            check_integer(memory_limit, "memory_limit", 0)
         check_callbacks(callbacks)
         fresh = not self.network.steps.any() and self._pending is None  # nothing learned yet: classes and scales are
         data, validation = prepare(
             self.network, self.loss, X, y, sample_weight, rows, validation_data, validation_split, learn=fresh
         )
-        step = self._begin(data, epochs, batch_size, shuffle, callbacks)
+        step = self._begin(data, epochs, batch_size, shuffle, callbacks, memory_limit)
+        evaluation = None if validation is None else self._evaluation(*validation, memory_limit)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         observers = [*callbacks] if own_bar else [ProgressBar(progress), *callbacks]
         started = time.monotonic() - self._seconds
@@ -159,16 +166,18 @@ class Trainer:
                     for begin in hooks([observer], "on_fit_begin"):
                         begin(self)
                 on_step, on_epoch = hooks(observers, "on_step_end"), hooks(observers, "on_epoch_end")
+                alone = any(getattr(o, "every_step", True) for o in observers if hooks([o], "on_step_end"))
                 self.stopped = "epochs" if step.active.any() else "early"
                 while self.epochs_done < epochs and self.stopped == "epochs":
                     rates = self._learning_rates()
                     while self.position < step.steps_per_epoch and self.stopped == "epochs":
-                        loss = step.run(self.position, rates[self.position])
-                        self.position += 1
+                        self.position += step.run(self.position, rates, alone)
+                        if self.position == step.steps_per_epoch:
+                            step.catch_up()  # the epoch's one wait for a device
                         if step.has_diverged:
-                            self._diverged(step, loss, rates[self.position - 1])
+                            self._diverged(step, rates)
                         for observe in on_step:
-                            observe(self, loss)
+                            observe(self, step.last_loss() if alone else None)
                         if interrupted():
                             self.stopped = "interrupted"
                         elif time.monotonic() > deadline:
@@ -176,7 +185,7 @@ class Trainer:
                     if self.position < step.steps_per_epoch:
                         break
                     self._seconds = time.monotonic() - started
-                    record = self._record(rates[-1], validation)
+                    record = self._record(rates[-1], evaluation)
                     self._next_epoch()
                     for observe in on_epoch:
                         done = observe(self, record)
@@ -185,9 +194,13 @@ class Trainer:
                     if not step.active.any():
                         self.stopped = "early"
             finally:
+                step.catch_up()
                 if interrupted():
                     self.stopped = "interrupted"  # also between steps
                 self._seconds = time.monotonic() - started
+                step.release()
+                if evaluation is not None:
+                    evaluation.release()
                 end_all(begun, self)
         if self.stopped == "interrupted":
             where = f"in epoch {self.epochs_done + 1}" if self.position else f"after epoch {self.epochs_done}"
@@ -196,9 +209,12 @@ class Trainer:
 
     # --- the loop's parts
 
-    def _begin(self, data: Data, epochs: int, batch_size: int, shuffle: bool, callbacks: Sequence) -> TrainStep:
+    def _begin(
+        self, data: Data, epochs: int, batch_size: int, shuffle: bool, callbacks: Sequence, memory_limit: int | None
+    ) -> TrainStep:
         """The step for this data, and the counters of a new fit or of the one that is resumed."""
-        step = TrainStep(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment)
+        make = DeviceStep if self.network.backend.is_device else TrainStep
+        step = make(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment, memory_limit)
         self.resumed = self._pending is not None
         if self._pending is not None:
             self._take_up(self._pending, step, epochs, callbacks)
@@ -230,8 +246,7 @@ class Trainer:
                 f"the saved fit had callbacks {saved}, this one has {names}; give the same ones in the same order"
             )
         step.begin_epoch(self.epoch)
-        step.log[...] = arrays["log"]
-        step.retire(~arrays["active"])
+        step.take_up(arrays["log"], arrays["active"])
         for i, callback in enumerate(callbacks):
             prefix = f"callbacks.{i}."
             state = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
@@ -242,6 +257,7 @@ class Trainer:
         """What a resumed fit must share with the one that was saved."""
         return {
             "n_samples": len(step.data.X),
+            "precision": self.network.precision,
             "rows": step.counts.tolist(),
             "batch_size": step.batch_size,
             "shuffle": bool(step.shuffle),
@@ -263,25 +279,29 @@ class Trainer:
             return [*(base * factors)]
         return (base * factors[:, 0]).tolist()
 
-    def _diverged(self, step: TrainStep, loss: np.ndarray, rate: Any) -> None:
+    def _diverged(self, step: TrainStep, rates: list) -> None:
         """Stop training the models whose loss is not finite; an error where none is left."""
         bad = step.diverged.copy()
         step.lost |= bad
-        where = f"at step {self.position} of epoch {self.epochs_done + 1}"
+        first = int(step.diverged_at[bad].min())
+        loss, rate = step.log[0, bad, first], rates[first]
+        where = f"at step {first + 1} of epoch {self.epochs_done + 1}"
         advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
         if step.lost.all():
             shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[bad].tolist()
-            raise DivergedError(f"the loss is {loss[bad][0]} {where} with learning rate {shown}; {advice}")
+            raise DivergedError(
+                f"the loss is {loss[~np.isfinite(loss)][0]} {where} with learning rate {shown}; {advice}"
+            )
         names = ", ".join(str(i) for i in np.flatnonzero(bad))
         warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {advice}", stacklevel=3)
         step.retire(bad)
 
-    def _record(self, rate: Any, validation: tuple | None) -> dict[str, Any]:
+    def _record(self, rate: Any, evaluation: Evaluation | None) -> dict[str, Any]:
         """What the epoch gave, appended to ``history`` and returned."""
         assert self._step is not None
         record: dict[str, Any] = {"epoch": self.epochs_done + 1, "loss": self._plain(self._step.epoch_loss())}
-        if validation is not None:
-            record |= {f"val_{name}": value for name, value in self._evaluate(*validation).items()}
+        if evaluation is not None:
+            record |= {f"val_{name}": self._plain(values) for name, values in evaluation.run().items()}
         record["learning_rate"] = rate if np.ndim(rate) == 0 else np.asarray(rate).tolist()
         record["seconds"] = round(self._seconds, 6)
         for name, value in record.items():
@@ -317,13 +337,19 @@ class Trainer:
 
         Args and errors as in ``fit``.
         """
-        X = check_X(X, self.network.n_features, dtype=self.network.dtype)
+        X = self.network.check_X(X)
+        y, sample_weight = on_host(self.network, y), on_host(self.network, sample_weight)
         weight = None if sample_weight is None else check_sample_weight(sample_weight, len(X))
-        return self._evaluate(X, targets_for(self.network, self.loss, y, len(X), "evaluation y"), weight)
-
-    def _evaluate(self, X: np.ndarray, y: np.ndarray, weight: np.ndarray | None) -> dict[str, Any]:
-        found = evaluate(self.network, self.loss, self.metrics, X, y, weight)
+        y = targets_for(self.network, self.loss, y, len(X), "evaluation y")
+        evaluation = self._evaluation(X, y, weight)
+        found = evaluation.run()
+        evaluation.release()
         return {name: self._plain(values) for name, values in found.items()}
+
+    def _evaluation(self, X: Any, y: Any, weight: Any, limit: int | None = None) -> Evaluation:
+        if self.network.backend.is_device:
+            return DeviceEvaluation(self.network, self.loss, self.metrics, X, y, weight, memory_limit=limit)
+        return Evaluation(self.network, self.loss, self.metrics, X, y, weight)
 
     # --- saving in the middle
 

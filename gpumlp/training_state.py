@@ -10,6 +10,7 @@ import numpy as np
 
 from .container import FileError, pack, refusing, unpack, write_atomically
 from .files import describe
+from .lbfgs import memory_of
 from .network import SCALINGS, Network
 from .schedules import SCHEDULES
 
@@ -22,6 +23,7 @@ def save_state(trainer: Trainer, path: Any) -> None:
     step, network = trainer._step, trainer.network
     if step is None or trainer._pending is not None:
         raise RuntimeError("nothing to save yet: call fit first, or save_state from a callback")
+    step.catch_up()
     weights = trainer._last or {"flat": network.flat, **network.statistics}
     tensors = {f"weights.{name}": values for name, values in weights.items()}
     tensors |= {f"optimizer.{name}": values for name, values in step.bound.states.items()}
@@ -29,9 +31,11 @@ def save_state(trainer: Trainer, path: Any) -> None:
     tensors |= {"t": step.bound.t, "steps": network.steps, "active": step.active}
     tensors["log"] = step.log
     if hasattr(trainer.schedule, "state"):
-        tensors |= {f"schedule.{name}": np.asarray(value) for name, value in trainer.schedule.state().items()}
+        tensors |= {f"schedule.{name}": value for name, value in trainer.schedule.state().items()}
     for i, callback in enumerate(trainer.callbacks):
-        tensors |= {f"callbacks.{i}.{name}": np.asarray(value) for name, value in _state_of(callback).items()}
+        tensors |= {f"callbacks.{i}.{name}": value for name, value in _state_of(callback).items()}
+    here = network.backend.to_numpy
+    tensors = {name: np.asarray(here(value)) for name, value in tensors.items()}
     config = {
         **_settings(trainer),
         "fit": trainer.fit_facts(step),
@@ -64,6 +68,8 @@ def load_state(trainer: Trainer, path: Any) -> None:
         places = {"weights.flat": network.flat, "t": bound.t, "steps": network.steps}
         places |= {f"weights.{name}": values for name, values in network.statistics.items()}
         states = {name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")}
+        if states and trainer.optimizer.full_batch:
+            memory_of(trainer.optimizer, bound)  # makes the states, which are to be filled
         own = {f"optimizer.{name}": values for name, values in bound.states.items()}
         for name, values in (places | own).items():
             if (tensors[name].shape, tensors[name].dtype) != (values.shape, values.dtype):
@@ -75,10 +81,8 @@ def load_state(trainer: Trainer, path: Any) -> None:
             memory = {name.removeprefix("schedule."): v for name, v in tensors.items() if name.startswith("schedule.")}
             trainer.schedule.load_state({name: v.item() if v.ndim == 0 else v for name, v in memory.items()})
         # Nothing fails from here on: a file that does not fit has left the trainer as it was.
-        for name, values in places.items():
+        for name, values in (places | own).items():
             values[...] = tensors[name]
-        bound.states.update(states)
-        bound.rebuild()
         for name in SCALINGS:
             setattr(network, name, tensors.get(name))
         network.classes = classes

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .backends.base import Dense, Draw, Dropout, Join, Norm
+from .backends.base import Dense, Dropout, Join, Norm
 from .layers import Concat
 
 if TYPE_CHECKING:
@@ -26,6 +24,7 @@ class Workspace:
     Args:
         training: with what ``backward`` needs, and dropout; otherwise for prediction alone.
         per_model_rows: every model has rows of its own, x is (models, batch, n_features); otherwise (1, batch, n_features).
+        valid: on a device, (models,) rows of the batch that count for each model.
     """
 
     def __init__(
@@ -37,13 +36,15 @@ class Workspace:
         per_model_rows: bool,
         models: slice | None = None,
         memory: dict[tuple, Array] | None = None,
+        valid: Array | None = None,
     ) -> None:
         self.network, self.backend, self.batch, self.training = network, network.backend, batch, training
         self.models = models or slice(0, network.models)
         self.per_model_rows = per_model_rows
+        self.valid = valid
         self._memory: dict[tuple, Array] = {} if memory is None else memory
         self._views: dict[tuple, Workspace] = {}
-        self.draw = Draw(network.seeds[self.models], network.streams[self.models], network.steps[self.models])
+        self.draw = self.backend.draw(*(v[self.models] for v in (network.seeds, network.streams, network.steps)))
         self._build()
 
     def view(self, models: slice, batch: int) -> Workspace:
@@ -82,7 +83,7 @@ class Workspace:
         backend = self.backend
         for operation in reversed(self.operations):
             if isinstance(operation, Dense):
-                backend.dense_backward(operation)
+                backend.dense_backward(operation, self.draw)
             else:
                 backend.split(operation)
 
@@ -104,8 +105,7 @@ class Workspace:
                 operation = self._dense(place, outputs[place.inputs[0]], d)
             else:
                 out = self._buffer(f"{place.index}.out", place.units)
-                parts = [np.broadcast_to(outputs[i], (*out.shape[:2], outputs[i].shape[2])) for i in place.inputs]
-                operation = Join(parts, out, isinstance(place.layer, Concat), d, [])
+                operation = Join([outputs[i] for i in place.inputs], out, isinstance(place.layer, Concat), d, [])
             self.operations.append(operation)
             outputs.append(operation.out)
             gradients.append(d)
@@ -130,6 +130,7 @@ class Workspace:
     def _dense(self, place: Place, x: Array, d: Array | None) -> Dense:
         n, m, layer = self.network, self.models, place.layer
         parameters, gradients = n.parameters, n.gradients if self.training else {}
+        working = n.working  # what products read
 
         def of(arrays: dict[str, Array], name: str) -> Array | None:
             found = arrays.get(f"{place.name}.{name}")
@@ -142,7 +143,7 @@ class Workspace:
                 kind=layer.norm,
                 x=x,
                 x_hat=x if in_place else self._buffer(f"{place.index}.x_hat", place.units),
-                inverse_std=self._buffer(f"{place.index}.inverse_std", width, rows=rows),
+                inverse_std=self._buffer(f"{place.index}.inverse_std", width, rows=rows, dtype=n.dtype),
                 out=self._buffer(f"{place.index}.norm", place.units),
                 gamma=of(parameters, "gamma"),
                 beta=of(parameters, "beta"),
@@ -151,6 +152,7 @@ class Workspace:
                 d=d,
                 running_mean=of(n.statistics, "mean"),
                 running_variance=of(n.statistics, "variance"),
+                valid=self.valid,
             )
 
         f = layer.f
@@ -164,8 +166,9 @@ class Workspace:
         return Dense(
             f=f,
             x=x,
-            W=parameters[f"{place.name}.W"][m],
+            W=working[f"{place.name}.W"][m],
             b=of(parameters, "b"),
+            working_b=of(working, "b"),
             z=z,
             u=u,
             a=a,
@@ -178,20 +181,24 @@ class Workspace:
             after=after,
             dropout=dropout,
             out=normed if dropout is None else dropout.out,
+            tf32=n.precision == "tf32",
         )
 
     def _dropout(self, place: Place, x: Array, d: Array | None) -> Dropout | None:
         rates = place.dropout[self.models]
         if not self.training or not rates.any():
             return None
-        keep = self._buffer(f"{place.index}.keep", place.units)
+        keep = self._buffer(f"{place.index}.keep", place.units) if self.backend.keeps_masks else None
         out = self._buffer(f"{place.index}.dropped", place.units)
         return Dropout(layer=place.index, rates=rates, x=x, keep=keep, out=out, d=d)
 
-    def _buffer(self, name: str, width: int, *, rows: int | None = None, models: slice | None = None) -> Array:
+    def _buffer(
+        self, name: str, width: int, *, rows: int | None = None, models: slice | None = None, dtype: Any = None
+    ) -> Array:
         """The part of a named buffer that belongs to this workspace; made at the size of the first, largest one."""
         models, rows = models or self.models, self.batch if rows is None else rows
         key = (name, width)
         if key not in self._memory:
-            self._memory[key] = self.backend.empty((models.stop - models.start, rows, width), self.network.dtype)
+            shape = (models.stop - models.start, rows, width)
+            self._memory[key] = self.backend.empty(shape, dtype or self.network.storage)
         return self._memory[key][models, :rows]

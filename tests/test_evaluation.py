@@ -5,10 +5,10 @@ import pytest
 
 import gpumlp as gm
 from gpumlp import metrics
+from gpumlp.backends.numpy_backend import NumpyBackend
 from gpumlp.losses import LOSSES
-from gpumlp.network import PREDICTION_ROWS
 
-FEATURES, OUTPUTS, N = 4, 3, 2 * PREDICTION_ROWS + 5  # three stretches, the last one short
+FEATURES, OUTPUTS, N = 4, 3, 2 * NumpyBackend.prediction_rows + 5  # three stretches, the last one short
 SOFTMAX = "softmax_cross_entropy"
 
 

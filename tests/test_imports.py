@@ -28,6 +28,8 @@ training_state          a fit on disk, at any step
 callbacks
 files                   models on disk: a file is read by building a network, so this stands above it
 diagnostics             the gradient check, and the health of a network
+device_step             the same on a device, recorded and replayed
+streaming               data that stay on the host, on their way to a device
 train_step
 evaluation              loss and metrics without training
 fit_data                what a fit reads: checked arrays, encoded labels

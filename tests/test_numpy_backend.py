@@ -25,14 +25,9 @@ def draw(*shape, seed=0, dtype=np.float64):
 # --- which backend
 
 
-def test_get_backend_says_why(monkeypatch):
+def test_get_backend_says_why():
     backend, reason = get_backend("cpu")
     assert isinstance(backend, NumpyBackend) and reason == "cpu: asked for"
-    for spec, sentence in ((object(), "CuPy is installed"), (None, "CuPy is not installed")):
-        monkeypatch.setattr(backends, "find_spec", lambda name, spec=spec: spec)
-        backend, reason = get_backend()
-        assert isinstance(backend, NumpyBackend)
-        assert reason.startswith("cpu: ") and sentence in reason
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "", None, 0])
@@ -229,9 +224,9 @@ def test_normalisation_of_what_does_not_vary_is_the_shift(kind, shape):
 
 
 def test_dropout_is_a_function_of_seed_step_model_and_layer():
-    x, d = draw(2, 50, 4), draw(2, 50, 4, seed=1)
+    x = draw(2, 50, 4)
     draws = Draw(np.array([3, 9], np.uint64), np.array([0, 5]), np.array([2, 7]))
-    dropout = Dropout(layer=4, rates=np.array([0.2, 0.6]), x=x, keep=np.empty_like(x), out=np.empty_like(x), d=d.copy())
+    dropout = Dropout(layer=4, rates=np.array([0.2, 0.6]), x=x, keep=np.empty_like(x), out=np.empty_like(x), d=None)
     BACKEND.dropout_forward(dropout, draws)
     mask = np.stack(
         [
@@ -241,8 +236,6 @@ def test_dropout_is_a_function_of_seed_step_model_and_layer():
     )
     np.testing.assert_array_equal(dropout.out, x * mask)
     np.testing.assert_array_equal(mask == 0, dropout.keep == 0)
-    BACKEND.dropout_backward(dropout)
-    np.testing.assert_array_equal(dropout.d, d * mask)
     assert 0.1 < (mask[0] == 0).mean() < 0.3 and 0.5 < (mask[1] == 0).mean() < 0.7
     BACKEND.dropout_forward(dropout, None)
     np.testing.assert_array_equal(dropout.out, x)
@@ -264,10 +257,12 @@ def test_join_and_split(concat):
 
 
 def test_limit_norms():
-    W = draw(2, 3, 4)
+    network = gm.Network([gm.Dense(3)], n_features=4, models=2, dtype="float64")
+    W = network.parameters["dense_0.W"]
+    W[...] = draw(2, 3, 4)
     W[0, 1] = 0
     before, norms = W.copy(), np.linalg.norm(W, axis=2)
-    BACKEND.limit_norms(W, 1.5)
+    BACKEND.limit_norms(network, "dense_0.W", 1.5, slice(0, 2))
     assert (norms > 1.5).any() and (norms < 1.5).any()
     np.testing.assert_allclose(np.linalg.norm(W, axis=2), np.minimum(norms, 1.5))
     np.testing.assert_array_equal(W[norms < 1.5], before[norms < 1.5])
@@ -278,7 +273,8 @@ def test_loss_is_the_weighted_mean_and_its_gradient(weighted):
     z, y = draw(2, 5, 3), np.array([[0, 2, 1, 1, 0]])
     weight = np.abs(draw(1, 5, seed=4)) if weighted else None
     dz = np.empty_like(z)
-    loss = BACKEND.loss(gm.Loss("softmax_cross_entropy"), z, y, weight, dz)
+    batch = Batch(*[None] * 5, targets=y, weights=weight, shift=None, scale=None, target_shift=None, target_scale=None)
+    loss = BACKEND.loss(gm.Loss("softmax_cross_entropy"), z, batch, dz)
     expected, expected_dz = gm.Loss("softmax_cross_entropy")(z, y[0], None if weight is None else weight[0])
     np.testing.assert_allclose(loss, expected)
     np.testing.assert_allclose(dz, expected_dz)
@@ -356,7 +352,7 @@ def test_an_augmented_step_does_not_either(monkeypatch, augment):
     assert network.steps.all()
 
 
-def test_predictions_come_back_through_the_verb_and_data_go_in_through_the_other(monkeypatch):
+def test_predictions_come_back_through_the_verb(monkeypatch):
     calls = []
 
     class Counts(Watched):
@@ -367,16 +363,16 @@ def test_predictions_come_back_through_the_verb_and_data_go_in_through_the_other
     network = watched(monkeypatch, {}, Counts())
     X = draw(20, 4)
     gm.Trainer(network, "softmax_cross_entropy", "sgd").fit(X, np.arange(20) % 3, epochs=2)
-    assert calls == ["asarray", "asarray"]  # X and y, once a fit
+    assert calls == []
     network.predict(X)
     network.forward(X)
-    assert calls[2:] == ["to_numpy", "to_numpy"]
+    assert calls == ["to_numpy", "to_numpy"]
 
 
 def test_the_watch_would_notice(monkeypatch):
     class Reads(Watched):
-        def loss(self, loss, z, y, weight, dz):
-            return super().loss(loss, self.to_numpy(z), y, weight, dz)
+        def loss(self, loss, z, batch, dz):
+            return super().loss(loss, self.to_numpy(z), batch, dz)
 
     network = watched(monkeypatch, {}, Reads())
     with pytest.raises(AssertionError, match="a training step calls to_numpy"):

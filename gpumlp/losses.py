@@ -106,6 +106,7 @@ def softmax_cross_entropy(z, y, dz, label_smoothing=0.0):
     outputs = z.shape[-1]
     np.subtract(z, over_outputs(np.maximum, z), out=dz)
     labels_alone = y.ndim == 2 and not (isinstance(label_smoothing, np.ndarray) or label_smoothing)
+    labels_alone &= dz.flags.c_contiguous  # flat below is to be dz itself: not so where a fleet's batch is a short one
     if labels_alone:
         flat, own = dz.reshape(-1), (_first_elements(z.shape) + y).reshape(-1)  # own: where each sample's label stands
         picked = flat[own].reshape(z.shape[:2])

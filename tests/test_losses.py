@@ -430,3 +430,14 @@ CALLING = [
 def test_errors_name_the_argument_and_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_short_batch_of_a_fleet_is_no_contiguous_array():
+    """The last batch of an epoch is a view of larger buffers: what is written has to arrive there."""
+    row = LOSSES["softmax_cross_entropy"]
+    z, dz = np.random.default_rng(0).standard_normal((2, 3, 7, 4))
+    y = np.arange(15).reshape(3, 5) % 4
+    np.testing.assert_array_equal(
+        row.f(z[:, :5], y, dz[:, :5]), row.f(z[:, :5].copy(), y, expected := np.empty((3, 5, 4)))
+    )
+    np.testing.assert_array_equal(dz[:, :5], expected)

@@ -19,7 +19,7 @@ template <> struct MoverOf<8> { typedef u64 type; };
 template <> struct MoverOf<16> { typedef Quad type; };
 template <int bytes> using Mover = typename MoverOf<(bytes < 16 ? bytes : 16)>::type;
 
-// N elements, a power of two, from p, which is a multiple of their bytes or of 16.
+// N elements, a power of two, at p: a multiple of their bytes, or of 16 where they are more.
 template <int N, typename T> GM_DEVICE void load_piece(const T* p, Compute<T> (&v)[N]) {
     typedef Mover<N * sizeof(T)> Part;
     alignas(16) T held[N];
@@ -59,7 +59,7 @@ GM_DEVICE i64 thread_of_grid() { return i64(blockIdx.x) * blockDim.x + threadIdx
 GM_DEVICE i64 threads_of_grid() { return i64(gridDim.x) * blockDim.x; }
 
 // A row belongs to as many neighbouring threads, a power of two, as cover it: few for narrow rows, so that none idles; a warp
-// at most, or a block where there are that many threads for each row, because a small batch waits for memory, not for its width.
+// at most, or a block where there are that many threads for each row: a small batch waits for memory, not for its width.
 GM_DEVICE Share share_of_rows(i64 pieces, i64 rows) {
     int bits = 5;
     while (blockDim.x % (2u << bits) == 0 && (rows << (bits + 1)) <= threads_of_grid()) ++bits;
@@ -78,60 +78,99 @@ template <int N, typename C> GM_DEVICE void standardize_piece(C (&v)[N], const C
     for (int i = 0; i < N; ++i) v[i] = (v[i] - by[i]) * times[i];
 }
 
-// One row of x from one of X; from null: zeros.
+// --- gather
+
+// One row of x from one of X. Here and below nothing is unrolled: a store might change what the next load reads, so loads do
+// not come earlier by it, and it takes registers.
 template <int N, typename S, typename T>
-GM_DEVICE void fill_row(T* to, const S* from, i32 n, const Compute<T>* shift, const Compute<T>* scale, Share share) {
+GM_DEVICE void gather_row(const S* from, T* to, i32 n, const Compute<T>* shift, const Compute<T>* scale, Share share) {
+#pragma unroll 1
     for (i32 c = share.first * N; c < n; c += share.step * N) {
-        Compute<T> v[N] = {};
-        if (from) load_cast(from + c, v);
-        if (from) standardize_piece(v, shift, scale, c);
+        Compute<T> v[N];
+        load_cast(from + c, v);
+        standardize_piece(v, shift, scale, c);
         store_piece(to + c, v);
     }
 }
 
-// --- gather, cast, standardize
+template <typename T> GM_DEVICE void clear_row(T* to, i32 n, Share share) {
+#pragma unroll 1
+    for (i32 c = share.first; c < n; c += share.step) gm_store(to + c, Compute<T>(0));
+}
 
 // Row r of model m is sample order[m, o + r], o = step[0] * batch_size, or sample o + r where there is no order.
+struct Order {
+    const i64* order;
+    i64 stride, offset;
+    GM_DEVICE i64 sample(i32 m, i64 r) const { return order ? order[m * stride + offset + r] : offset + r; }
+};
+
+template <typename S, typename T> GM_DEVICE void gather_inputs(
+    const S* X, Order order, const i32* valid, T* x, i64 x_stride, i64 features,
+    const Compute<T>* shift, const Compute<T>* scale, i64 scaling_stride, i32 models, i32 batch) {
+    constexpr int N = piece_size<S, T>();
+    bool pieces = features % N == 0 && x_stride % N == 0 && scaling_stride % N == 0 && gm_aligned(X) && gm_aligned(x) &&
+                  gm_aligned(shift) && gm_aligned(scale);
+    Share share = share_of_rows(pieces ? features / N : features, batch);
+    for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
+        const Compute<T>* own_shift = shift ? shift + m * scaling_stride : nullptr;
+        const Compute<T>* own_scale = scale + m * scaling_stride;
+        i64 rows = valid ? valid[m] : batch;
+        for (i64 r = share.row; r < batch; r += share.row_step) {
+            T* to = x + m * x_stride + r * features;
+            if (r >= rows) {
+                clear_row(to, i32(features), share);
+                continue;
+            }
+            const S* from = X + order.sample(m, r) * features;
+            if (pieces) {
+                gather_row<N>(from, to, i32(features), own_shift, own_scale, share);
+            } else {
+                gather_row<1>(from, to, i32(features), own_shift, own_scale, share);
+            }
+        }
+    }
+}
+
+template <typename C> GM_DEVICE void gather_targets(
+    Order order, const i32* valid, const i64* labels, i64* labels_out, const C* values, C* values_out, i64 outputs,
+    i64 targets_stride, const C* shift, const C* scale, i64 scaling_stride, const C* weight, C* weights_out,
+    i64 weights_stride, i32 models, i32 batch) {
+    Share share = share_of_rows(outputs, batch);
+    for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
+        i64 rows = valid ? valid[m] : batch;
+        for (i64 r = share.row; r < batch; r += share.row_step) {
+            bool counts = r < rows;
+            i64 i = counts ? order.sample(m, r) : 0;
+            if (labels && share.first == 0) labels_out[m * targets_stride + r] = counts ? labels[i] : 0;
+            if (weight && share.first == 0) weights_out[m * weights_stride + r] = counts ? weight[i] : C(0);
+#pragma unroll 1
+            for (i64 k = share.first; values && k < outputs; k += share.step) {
+                C v[1] = {counts ? values[i * outputs + k] : C(0)};
+                if (counts) standardize_piece(v, shift, scale, m * scaling_stride + k);
+                values_out[m * targets_stride + r * outputs + k] = v[0];
+            }
+        }
+    }
+}
+
 template <typename S, typename T> GM_KERNEL void gather(
     const S* X, const i64* order, i64 order_stride, const i64* step, i64 batch_size, const i32* valid,
     T* x, i64 x_stride, i64 features, const Compute<T>* shift, const Compute<T>* scale, i64 scaling_stride,
     const i64* labels, i64* labels_out, const Compute<T>* values, Compute<T>* values_out, i64 outputs, i64 targets_stride,
     const Compute<T>* target_shift, const Compute<T>* target_scale, i64 target_scaling_stride,
     const Compute<T>* weight, Compute<T>* weights_out, i64 weights_stride, i32 models, i32 batch) {
-    typedef Compute<T> C;
-    constexpr int N = piece_size<S, T>();
-    bool pieces = features % N == 0 && gm_aligned(X) && gm_aligned(x) && gm_aligned(shift) && gm_aligned(scale) &&
-                  gm_aligned_stride<T>(x_stride) && gm_aligned_stride<C>(scaling_stride);
-    Share share = share_of_rows(pieces ? features / N : features, batch);
-    i64 offset = step[0] * batch_size;
-    for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
-        const C* own_shift = shift ? shift + m * scaling_stride : nullptr;
-        const C* own_scale = scale + m * scaling_stride;
-        i64 rows = valid ? valid[m] : batch;
-        for (i64 r = share.row; r < batch; r += share.row_step) {
-            bool counts = r < rows;
-            i64 i = !counts ? 0 : order ? order[m * order_stride + offset + r] : offset + r;
-            const S* from = counts ? X + i * features : nullptr;
-            T* to = x + m * x_stride + r * features;
-            if (pieces) {
-                fill_row<N>(to, from, i32(features), own_shift, own_scale, share);
-            } else {
-                fill_row<1>(to, from, i32(features), own_shift, own_scale, share);
-            }
-            if (labels && share.first == 0) labels_out[m * targets_stride + r] = counts ? labels[i] : 0;
-            if (weight && share.first == 0) weights_out[m * weights_stride + r] = counts ? weight[i] : C(0);
-            for (i32 k = share.first; values && k < outputs; k += share.step) {
-                C v[1] = {counts ? values[i * outputs + k] : C(0)};
-                if (counts) standardize_piece(v, target_shift, target_scale, m * target_scaling_stride + k);
-                values_out[m * targets_stride + r * outputs + k] = v[0];
-            }
-        }
-    }
+    Order rows = {order, order_stride, step[0] * batch_size};
+    gather_inputs(X, rows, valid, x, x_stride, features, shift, scale, scaling_stride, models, batch);
+    gather_targets(rows, valid, labels, labels_out, values, values_out, outputs, targets_stride, target_shift, target_scale,
+                   target_scaling_stride, weight, weights_out, weights_stride, models, batch);
 }
 GM_INSTANCES(gather,
     (u8, f32), (i8, f32), (i16, f32), (u16, f32), (i32, f32), (i64, f32), (f16, f32), (f32, f32), (f64, f32),
     (u8, f64), (i8, f64), (i16, f64), (u16, f64), (i32, f64), (i64, f64), (f16, f64), (f32, f64), (f64, f64),
     (u8, bf16), (i8, bf16), (i16, bf16), (u16, bf16), (i32, bf16), (i64, bf16), (f16, bf16), (f32, bf16), (f64, bf16))
+
+// --- cast, standardize, find_nonfinite
 
 template <int N, typename S, typename T> GM_DEVICE void cast_piece(const S* in, T* out) {
     Compute<T> v[N];
@@ -142,12 +181,14 @@ template <int N, typename S, typename T> GM_DEVICE void cast_piece(const S* in, 
 // out <- in, n contiguous elements of each model.
 template <typename S, typename T> GM_KERNEL void cast(const S* in, i64 in_stride, T* out, i64 out_stride, i64 n, i32 models) {
     constexpr int N = piece_size<S, T>();
-    bool pieces = gm_aligned(in) && gm_aligned(out) && gm_aligned_stride<S>(in_stride) && gm_aligned_stride<T>(out_stride);
+    bool pieces = in_stride % N == 0 && out_stride % N == 0 && gm_aligned(in) && gm_aligned(out);
     i64 whole = pieces ? n / N * N : 0, thread = thread_of_grid(), threads = threads_of_grid();
     for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
         const S* from = in + m * in_stride;
         T* to = out + m * out_stride;
+#pragma unroll 1
         for (i64 e = thread * N; e < whole; e += threads * N) cast_piece<N>(from + e, to + e);
+#pragma unroll 1
         for (i64 e = whole + thread; e < n; e += threads) cast_piece<1>(from + e, to + e);
     }
 }
@@ -161,6 +202,7 @@ GM_INSTANCES(cast,
 
 template <int N, typename T>
 GM_DEVICE void standardize_row(T* x, i32 n, const Compute<T>* shift, const Compute<T>* scale, Share share) {
+#pragma unroll 1
     for (i32 c = share.first * N; c < n; c += share.step * N) {
         Compute<T> v[N];
         load_piece(x + c, v);
@@ -174,8 +216,8 @@ template <typename T> GM_KERNEL void standardize(
     T* x, i64 x_stride, i64 features, const Compute<T>* shift, const Compute<T>* scale, i64 scaling_stride,
     i32 models, i64 batch) {
     constexpr int N = piece_size<T, T>();
-    bool pieces = features % N == 0 && gm_aligned(x) && gm_aligned(shift) && gm_aligned(scale) &&
-                  gm_aligned_stride<T>(x_stride) && gm_aligned_stride<Compute<T>>(scaling_stride);
+    bool pieces = features % N == 0 && x_stride % N == 0 && scaling_stride % N == 0 && gm_aligned(x) &&
+                  gm_aligned(shift) && gm_aligned(scale);
     Share share = share_of_rows(pieces ? features / N : features, batch);
     for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
         const Compute<T>*own_shift = shift + m * scaling_stride, *own_scale = scale + m * scaling_stride;
@@ -190,8 +232,6 @@ template <typename T> GM_KERNEL void standardize(
     }
 }
 GM_INSTANCES(standardize, (f32), (f64), (bf16))
-
-// --- find_nonfinite
 
 // first <- the smallest index of a NaN or an infinity; the caller sets it to 2^64 - 1 before.
 template <typename T> GM_KERNEL void find_nonfinite(const T* x, i64 n, u64* first) {
@@ -244,6 +284,7 @@ GM_INSTANCES(noise, (f32), (f64), (bf16))
 // a <- lambda a + (1 - lambda) b and b <- lambda b + (1 - lambda) a at once.
 template <int N, typename T> GM_DEVICE void mix_rows(T* a, T* b, i32 n, Compute<T> lambda, Share share) {
     typedef Compute<T> C;
+#pragma unroll 1
     for (i32 c = share.first * N; c < n; c += share.step * N) {
         C of_a[N], of_b[N], new_a[N], new_b[N];
         load_piece(a + c, of_a);
@@ -264,7 +305,7 @@ template <typename T> GM_KERNEL void mixup(
     T* x, i64 x_stride, i64 features, Compute<T>* values, i64 outputs, i64 targets_stride,
     Compute<T>* weights, i64 weights_stride, const i32* valid, const Compute<T>* share, i32 models, i64 batch) {
     constexpr int N = piece_size<T, T>();
-    bool pieces = features % N == 0 && gm_aligned(x) && gm_aligned_stride<T>(x_stride);
+    bool pieces = features % N == 0 && x_stride % N == 0 && gm_aligned(x);
     Share own = share_of_rows(pieces ? features / N : features, batch / 2);
     for (i32 m = blockIdx.y; m < models; m += gridDim.y) {
         i64 rows = valid ? valid[m] : batch;
@@ -302,6 +343,7 @@ template <typename T> GM_KERNEL void shift_images(
             u64 word = philox_word(stream, u64(r));
             i64 down = i64(((word & 0xFFFFFFFFu) * span) >> 32) - pixels, right = i64(((word >> 32) * span) >> 32) - pixels;
             const T* image = in + m * stride + r * size;
+#pragma unroll 1
             for (i32 e = share.first; e < size; e += share.step) {
                 i32 row = e / i32(columns);
                 i64 i = row + down, j = e - row * columns + right;

@@ -11,8 +11,8 @@ constexpr int TILE = 32 * OWN;  // elements of a tile
 template <typename T> constexpr int QUAD = 16 / int(sizeof(T));  // elements of 16 bytes
 
 GM_DEVICE int lane_of_warp() { return int(threadIdx.x & 31u); }
-GM_DEVICE i64 warp_of_block() { return (threadIdx.x + blockDim.x * threadIdx.y) >> 5; }
 GM_DEVICE i64 warps_of_block() { return (blockDim.x * blockDim.y) >> 5; }
+GM_DEVICE i64 warp_of_grid() { return blockIdx.x * warps_of_block() + ((threadIdx.x + blockDim.x * threadIdx.y) >> 5); }
 
 // The place in the tile of this lane's element i, a multiple of QUAD<T>; those up to i + QUAD<T> - 1 follow it.
 template <typename T> GM_DEVICE int place(int i) { return 32 * i + QUAD<T> * lane_of_warp(); }
@@ -64,8 +64,8 @@ template <typename C> GM_DEVICE u32 keep_bits(const Drop<C>& drop, u64 block) {
     return bits;
 }
 
-// v times keep, for this lane's elements of a tile. `block` is the Philox block of the tile's elements 8 lane to 8 lane + 7;
-// the lane draws for these and hands the decisions to whoever holds the elements, a shuffle for each 16 bytes.
+// v times keep, for this lane's elements of a tile. `block` is the Philox block of the 8 elements from 8 lane on: the lane
+// draws for these and hands the decisions to whoever holds the elements, a shuffle for each 16 bytes.
 template <typename T> GM_DEVICE void drop_tile(const Drop<Compute<T>>& drop, u64 block, Compute<T> (&v)[OWN]) {
     const u32 drawn = keep_bits(drop, block);
 #pragma unroll
@@ -81,7 +81,7 @@ template <typename T> GM_DEVICE void drop_tile(const Drop<Compute<T>>& drop, u64
 template <typename T>
 GM_KERNEL void dropout(const T* x, i64 x_stride, T* out, i64 stride, const u64* seeds, const u64* streams, const u64* steps,
                        u64 layer, const u32* thresholds, const Compute<T>* scales, i32 models, i64 size) {
-    const i64 step = TILE * gridDim.x * warps_of_block(), first = TILE * (blockIdx.x * warps_of_block() + warp_of_block());
+    const i64 step = TILE * i64(gridDim.x) * warps_of_block(), first = TILE * warp_of_grid();
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         const T* from = x + m * x_stride;
         T* to = out + m * stride;
@@ -139,7 +139,7 @@ GM_KERNEL void dense_forward(T* z, T* a, T* dropped, i64 stride, const Compute<T
                              Compute<T> alpha, const u64* seeds, const u64* streams, const u64* steps, u64 layer,
                              const u32* thresholds, const Compute<T>* scales, i32 models, i64 batch, i64 units) {
     const i64 size = batch * units;
-    const i64 step = TILE * gridDim.x * warps_of_block(), first = TILE * (blockIdx.x * warps_of_block() + warp_of_block());
+    const i64 step = TILE * i64(gridDim.x) * warps_of_block(), first = TILE * warp_of_grid();
     if (first >= size) return;
     const u32 first_column = static_cast<u32>(first % units), column_step = static_cast<u32>(step % units);
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
@@ -238,7 +238,7 @@ template <typename Patch, typename T, typename C, int N>
 GM_DEVICE void times_slope(const Patch& patch, i32 row, C alpha, const T* u, const T* a, C (&v)[N]) {
     C z[N], f[N];
     switch (row) {
-#define GM_ROW(name)                                                                               \
+#define GM_ROW(name)                                                                              \
     case gm_activation_##name:                                                                    \
         patch.load(u, z);                                                                         \
         patch.load(a, f);                                                                         \
@@ -338,8 +338,7 @@ GM_KERNEL void add_columns(const T* in, i64 in_stride, i64 in_row, T* out, i64 o
         batch = 1;
     }
     const i64 pieces = (width + QUAD<T> - 1) / QUAD<T>;  // of a row
-    const i64 step = 32 * gridDim.x * warps_of_block();
-    const i64 first = 32 * (blockIdx.x * warps_of_block() + warp_of_block()) + lane_of_warp();
+    const i64 step = 32 * i64(gridDim.x) * warps_of_block(), first = 32 * warp_of_grid() + lane_of_warp();
     const bool rows_aligned = batch == 1 || (gm_aligned_stride<T>(in_row) && gm_aligned_stride<T>(out_row));
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         const T* from = in + m * in_stride;
@@ -370,7 +369,7 @@ GM_KERNEL void limit_norms(T* W, i64 stride, i64 units, i64 fan_in, T max_norm, 
                            const i32* valid, i32 models) {
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         if ((ok != nullptr && ok[m] == 0) || (valid != nullptr && valid[m] == 0)) continue;
-        for (i64 r = blockIdx.x * warps_of_block() + warp_of_block(); r < units; r += gridDim.x * warps_of_block()) {
+        for (i64 r = warp_of_grid(); r < units; r += gridDim.x * warps_of_block()) {
             const i64 at = m * stride + r * fan_in;
             const bool quads = gm_aligned(W + at);
             T v[QUAD<T>], sum = T(0);

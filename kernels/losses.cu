@@ -74,7 +74,6 @@ enum GmLoss { GM_LOSSES(GM_ROW) gm_n_losses };
 constexpr int WARP_OUTPUTS = 1024;  // the longest row that lanes of one warp share; a block shares longer ones
 constexpr int SINGLE_OUTPUTS = 32;  // the longest row of which a lane takes one output
 constexpr int NEIGHBOURS = 8;       // outputs that a thread takes of longer rows at a time
-constexpr int HELD_BYTES = 128;     // of a row that a thread of softmax keeps in registers: 1024 floats of a warp
 
 // The threads that share a row: as many lanes of a warp as there are pieces of V outputs, beyond WARP_OUTPUTS the block.
 struct Team {
@@ -154,7 +153,7 @@ GM_DEVICE Rows<T> rows_of(i32 m, const T* z, T* dz, i64 stride, const Compute<T>
     return Rows<T>{z + m * stride,
                    dz ? dz + m * stride : nullptr,
                    weights ? weights + m * weights_stride : nullptr,
-                   total > C(0) ? total : C(1),  // weights that are all 0: loss and derivative 0
+                   total > C(0) ? total : C(1),  // weights that are all 0: derivative 0
                    row_loss + m * row_stride,
                    valid ? valid[m] : batch,
                    batch,
@@ -207,8 +206,8 @@ GM_DEVICE void elementwise_model(const Rows<T>& rows, const Compute<T>* y, const
         elementwise_rows<Row, NEIGHBOURS>(rows, y, option, option_stride, held);
 }
 
-// row_loss = each sample's loss, dz = derivative of the weighted mean over the valid rows; 0 in rows beyond them.
-// `row` is one of GM_LOSSES; option may be null where it has none.
+// row_loss = each sample's loss, dz = derivative of the weighted mean over the valid rows; 0 in rows beyond them. dz may be
+// z, or null. `row` is one of GM_LOSSES; option may be null where it has none. Blocks are (threads, 1), here and below.
 template <typename T>
 GM_KERNEL void elementwise_loss(i32 row, const T* z, T* dz, i64 stride, const Compute<T>* y, i64 targets_stride,
                                 const Compute<T>* option, i64 option_model_stride, i64 option_output_stride,
@@ -243,38 +242,11 @@ template <typename C> struct ClassTarget {
     GM_DEVICE C at(i32 k) const { return (C(1) - smoothing) * (y ? y[k] : C(k == label)) + rest; }
 };
 
-// The outputs from `first` on, of `seen`, that this thread takes: G pieces of V, side by side with the team's.
-template <int V, int G> GM_DEVICE i32 place_of(const Team& team, i32 first, int g) {
-    return first + (g * team.threads + team.place) * V;
-}
-
-// f(k, v[g][i]) for each of them.
-template <int V, int G, typename C, typename F>
-GM_DEVICE void for_each_output(const Team& team, i32 first, i32 seen, C (&v)[G][V], F f) {
+// f(k, x[i]) for each of the V outputs of `seen` that begin at k.
+template <int V, typename C, typename F> GM_DEVICE void for_each_output(i32 k, i32 seen, C (&x)[V], F f) {
 #pragma unroll
-    for (int g = 0; g < G; ++g) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-            const i32 k = place_of<V, G>(team, first, g) + i;
-            if (k < seen) f(k, v[g][i]);
-        }
-    }
-}
-template <int V, int G, typename T>
-GM_DEVICE void load_outputs(const Team& team, i32 first, i32 seen, const T* z, bool quads, Compute<T> (&v)[G][V]) {
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const i32 k = place_of<V, G>(team, first, g);
-        gm_load_some(z + k, v[g], gm_at_most(seen - k, V), quads);
-    }
-}
-template <int V, int G, typename T>
-GM_DEVICE void store_outputs(const Team& team, i32 first, i32 seen, T* z, bool quads, const Compute<T> (&v)[G][V]) {
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        const i32 k = place_of<V, G>(team, first, g);
-        gm_store_some(z + k, v[g], gm_at_most(seen - k, V), quads);
-    }
+    for (int i = 0; i < V; ++i)
+        if (k + i < seen) f(k + i, x[i]);
 }
 
 // Where a sample's label is: the place of its largest probability where it has those.
@@ -286,39 +258,38 @@ GM_DEVICE i64 label_of(const ClassTarget<C>& target, i32 seen, const Team& team,
     return team_peak(largest, team, peaks).at;
 }
 
-// One model's rows. A team holds V * G outputs of each thread at once, and reads longer rows again in each of three passes:
-// for the largest logit, for the sums, for the derivative.
-template <int V, int G, typename T>
+// One model's rows, in three passes: for the largest logit, for the sums, for the derivative. A thread keeps V outputs in
+// registers; where a row has more than that for each, every pass reads it again, from the cache.
+template <int V, typename T>
 GM_DEVICE void softmax_rows(const Rows<T>& rows, const i64* labels, const Compute<T>* y, Compute<T> smoothing, i32* hits,
                             Compute<T>* held, Peak<Compute<T>>* peaks) {
     typedef Compute<T> C;
     const Team team = team_of<V>(rows.outputs);
-    const i32 outputs = i32(rows.outputs), width = team.threads * V * G;
+    const i32 outputs = i32(rows.outputs), from = team.place * V, width = team.threads * V;
     const bool quads = V > 1 && rows.in_quads(), once = width >= outputs;
-    C v[G][V] = {};
+    C x[V] = {};
     for (i64 start = team.start; start < rows.batch; start += team.step) {
         const i64 row = start + team.own;
         const i32 seen = row < rows.valid ? outputs : 0;  // nothing is read of a row that does not count
-        const T* z = rows.z + row * rows.outputs;
-        const ClassTarget<C> target = {y ? y + row * rows.outputs : nullptr, seen && labels ? labels[row] : 0, smoothing,
-                                       smoothing / C(rows.outputs)};
+        const T* z = rows.z + row * outputs;
+        const ClassTarget<C> target = {y ? y + row * outputs : nullptr, seen > 0 && labels ? labels[row] : 0, smoothing,
+                                       smoothing / C(outputs)};
 
         Peak<C> top = {seen > 0 ? gm_load(z) : C(0), 0};
-        for (i32 first = 0; first < seen; first += width) {
-            load_outputs(team, first, seen, z, quads, v);
-            for_each_output(team, first, seen, v, [&](i32 k, C& x) { top = higher(top, Peak<C>{x, k}); });
+        for (i32 k = from; k < seen; k += width) {
+            gm_load_some(z + k, x, gm_at_most(seen - k, V), quads);
+            for_each_output(k, seen, x, [&](i32 at, C& logit) { top = higher(top, Peak<C>{logit, at}); });
         }
         top = team_peak(top, team, peaks);
 
         C total = C(0), picked = C(0);  // of exp(z - top), of t (z - top)
-        for (i32 first = 0; first < seen; first += width) {
-            if (!once) load_outputs(team, first, seen, z, quads, v);
-            for_each_output(team, first, seen, v, [&](i32 k, C& x) {
-                const C t = target.at(k);
-                x -= top.value;
-                if (t != C(0)) picked += t * x;  // x may be -infinity
-                x = gm_exp(x);
-                total += x;
+        for (i32 k = from; k < seen; k += width) {
+            if (!once) gm_load_some(z + k, x, gm_at_most(seen - k, V), quads);
+            for_each_output(k, seen, x, [&](i32 at, C& logit) {
+                const C t = target.at(at), below = logit - top.value;
+                if (t != C(0)) picked += t * below;  // below may be -infinity
+                logit = gm_exp(below);
+                total += logit;
             });
         }
         total = team_sum(total, team, held);
@@ -331,15 +302,15 @@ GM_DEVICE void softmax_rows(const Rows<T>& rows, const i64* labels, const Comput
         if (team.place == 0 && row < rows.batch) rows.loss[row] = seen > 0 ? gm_log(total) - picked : C(0);
         if (!rows.dz || row >= rows.batch) continue;
         const C share = seen > 0 ? rows.share(row) : C(0), per_total = C(1) / total;
-        for (i32 first = 0; first < outputs; first += width) {
+        for (i32 k = from; k < outputs; k += width) {
             if (!once) {
-                load_outputs(team, first, seen, z, quads, v);
-                for_each_output(team, first, seen, v, [&](i32, C& x) { x = gm_exp(x - top.value); });
+                gm_load_some(z + k, x, gm_at_most(seen - k, V), quads);
+                for_each_output(k, seen, x, [&](i32, C& logit) { logit = gm_exp(logit - top.value); });
             }
-            for_each_output(team, first, outputs, v, [&](i32 k, C& x) {
-                x = seen > 0 ? (x * per_total - target.at(k)) * share : C(0);  // softmax(z) - t
+            for_each_output(k, outputs, x, [&](i32 at, C& slope) {
+                slope = seen > 0 ? (slope * per_total - target.at(at)) * share : C(0);  // softmax(z) - t
             });
-            store_outputs(team, first, outputs, rows.dz + row * rows.outputs, quads, v);
+            gm_store_some(rows.dz + row * outputs + k, x, gm_at_most(outputs - k, V), quads);
         }
     }
 }
@@ -354,7 +325,6 @@ GM_KERNEL void softmax_loss(const T* z, T* dz, i64 stride, const i64* labels, co
     typedef Compute<T> C;
     GM_SHARED(C, held, 32);
     GM_SHARED(Peak<C>, peaks, 32);
-    constexpr int V = NEIGHBOURS;
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         const Rows<T> rows = rows_of(m, z, dz, stride, weights, weights_stride, weight_total, total_stride, valid,
                                      row_loss, row_stride, batch, outputs);
@@ -363,11 +333,9 @@ GM_KERNEL void softmax_loss(const T* z, T* dz, i64 stride, const i64* labels, co
         const C smoothing = option ? option[m * option_model_stride] : C(0);
         i32* hits_m = hits ? hits + m * row_stride : nullptr;
         if (outputs <= SINGLE_OUTPUTS)
-            softmax_rows<1, 1>(rows, labels_m, y_m, smoothing, hits_m, held, peaks);
-        else if (outputs <= 32 * V)
-            softmax_rows<V, 1>(rows, labels_m, y_m, smoothing, hits_m, held, peaks);
+            softmax_rows<1>(rows, labels_m, y_m, smoothing, hits_m, held, peaks);
         else
-            softmax_rows<V, HELD_BYTES / int(sizeof(C)) / V>(rows, labels_m, y_m, smoothing, hits_m, held, peaks);
+            softmax_rows<NEIGHBOURS>(rows, labels_m, y_m, smoothing, hits_m, held, peaks);
     }
 }
 GM_INSTANCES(softmax_loss, (f32), (f64), (bf16))

@@ -167,145 +167,186 @@ GM_KERNEL void batch_norm_backward(T* d, const T* x_hat, i64 stride, const Compu
 }
 GM_INSTANCES(batch_norm_backward, (f32), (f64), (bf16))
 
-// --- layer normalisation: a warp for a row of up to 1024 units, a block for a longer one
+// --- layer normalisation: some lanes of a warp for a short row, a warp up to 1024 units, a block for a longer row
+//
+// A thread has pieces of W elements: 16 bytes where all rows begin at 16 bytes, else one element.
 
-constexpr int HELD = 32;                                         // elements of a row that a thread has in registers
+constexpr int FEWEST_LANES = 4;
+constexpr int MOST_HELD = 16;
+constexpr i64 WARP_UNITS = 1024;
 template <typename T> constexpr int QUAD = 16 / int(sizeof(T));  // elements of 16 bytes
 
-// The threads that share a row: a warp or the block.
+// Elements of a row that a thread has in registers; a row that is longer is read again. Single ones each need an address.
+template <int W> constexpr int HELD = W == 1 ? MOST_HELD / 2 : MOST_HELD;
+
+// The threads that share a row.
 struct Team {
-    bool is_block;
     int size, rank;
-    i64 first_row, row_step;
+    i64 first, step;  // the first row of a warp's first team, and the way to its next
+    int behind;       // how many rows behind that this team's is
 
     static GM_DEVICE Team of(i64 units) {
         const int thread = int(threadIdx.x + blockDim.x * threadIdx.y), threads = int(blockDim.x * blockDim.y);
-        if (units > 32 * HELD) return {true, threads, thread, i64(blockIdx.x), i64(gridDim.x)};
-        return {false, 32, thread % 32, (i64(blockIdx.x) * threads + thread) / 32, i64(gridDim.x) * threads / 32};
+        if (units > WARP_UNITS) return {threads, thread, i64(blockIdx.x), i64(gridDim.x), 0};
+        int size = FEWEST_LANES;
+        while (size < 32 && size * MOST_HELD < units) size *= 2;
+        const i64 warp = (i64(blockIdx.x) * threads + thread) / 32, warps = i64(gridDim.x) * threads / 32;
+        return {size, thread % size, warp * (32 / size), warps * (32 / size), thread % 32 / size};
     }
-    GM_DEVICE i64 span() const { return i64(size) * HELD; }  // elements that they hold together
+    template <int W> GM_DEVICE i64 span() const { return i64(size) * HELD<W>; }  // elements that they hold together
+    template <int W> GM_DEVICE int place(int i) const { return i * size + rank * W; }  // of the thread's piece from i on
     template <typename C> GM_DEVICE C sum(C x, C* held) const {
-        return is_block ? gm_block_sum(x, held) : gm_warp_sum(x);
-    }
-
-    // f(i, at, n) for each 16 bytes that a thread has of a span: its elements i .. i + n - 1 stand at `at` in the rest of
-    // the row, which is `left` long.
-    template <int W, typename F> GM_DEVICE void each(i64 left, F f) const {
-#pragma unroll
-        for (int i = 0; i < HELD; i += W) {
-            if (i64(i) * size >= left) break;
-            const int at = i * size + rank * W;
-            f(i, at, int(gm_clip(left - at, i64(0), i64(W))));
-        }
+        if (size > 32) return gm_block_sum(x, held);
+        for (int distance = size / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
+        return x;
     }
 };
 
+template <int W, typename T> GM_DEVICE void load_piece(const T* p, Compute<T> (&v)[W]) {
+    if constexpr (W == 1) v[0] = gm_load(p);
+    else gm_load_quads(p, v);
+}
+template <int W, typename T> GM_DEVICE void store_piece(T* p, const Compute<T> (&v)[W]) {
+    if constexpr (W == 1) gm_store(p, v[0]);
+    else gm_store_quads(p, v);
+}
+
+// The thread's elements of a span that begins at p, of which `left` exist; 0 for the others. Nothing here waits for what it
+// loads: all of a row is then on its way at once.
+template <int W, typename T> GM_DEVICE void load_span(const Team& team, const T* p, i64 left, Compute<T> (&v)[HELD<W>]) {
+#pragma unroll
+    for (int i = 0; i < HELD<W>; i += W) {
+        Compute<T> piece[W] = {};
+        if (team.place<W>(i) < left) load_piece(p + team.place<W>(i), piece);
+#pragma unroll
+        for (int j = 0; j < W; ++j) v[i + j] = piece[j];
+    }
+}
+
+// f(i, place) for each of the thread's pieces in such a span: its elements from i on.
+template <int W, typename F> GM_DEVICE void each_piece(const Team& team, i64 left, F f) {
+#pragma unroll
+    for (int i = 0; i < HELD<W>; i += W) {
+        if (i64(i) * team.size >= left) break;
+        if (team.place<W>(i) < left) f(i, team.place<W>(i));
+    }
+}
+
+// One row, x_hat and out as below; returns 1 / std. A team without a row, whose units are 0, goes along for the sums.
+template <int W, typename T, typename C>
+GM_DEVICE C layer_norm_row(const Team& team, const T* x, T* x_hat, T* out, const C* gamma, const C* beta, i64 units,
+                           C* held) {
+    const i64 span = team.span<W>();
+    C v[HELD<W>], sum = C(0), squares = C(0);
+    for (i64 start = 0; start < units; start += span) {
+        load_span<W>(team, x + start, units - start, v);
+#pragma unroll
+        for (int i = 0; i < HELD<W>; ++i) sum += v[i];
+    }
+    const C mean = team.sum(sum, held) / C(units);
+    for (i64 start = 0; start < units; start += span) {
+        if (units > span) load_span<W>(team, x + start, units - start, v);
+        each_piece<W>(team, units - start, [&](int i, int) {
+#pragma unroll
+            for (int j = 0; j < W; ++j) squares += (v[i + j] - mean) * (v[i + j] - mean);
+        });
+    }
+    const C inverse = inverse_root(team.sum(squares, held) / C(units));
+    for (i64 start = 0; start < units; start += span) {
+        if (units > span) load_span<W>(team, x + start, units - start, v);
+        each_piece<W>(team, units - start, [&](int i, int place) {
+            C hat[W], slope[W], offset[W];
+            load_piece(gamma + start + place, slope);
+            load_piece(beta + start + place, offset);
+#pragma unroll
+            for (int j = 0; j < W; ++j) hat[j] = (v[i + j] - mean) * inverse;
+            store_piece(x_hat + start + place, hat);
+#pragma unroll
+            for (int j = 0; j < W; ++j) hat[j] = hat[j] * slope[j] + offset[j];
+            store_piece(out + start + place, hat);
+        });
+    }
+    return inverse;
+}
+
 // x_hat = (x - mean) / sqrt(variance + epsilon), out = gamma x_hat + beta, with mean and variance of each row. x_hat may
-// be x. The grid is (rows, models); up to 1024 units a block takes as many rows as it has warps.
+// be x. The grid is (rows, models); up to 1024 units a block takes at least as many rows at once as it has warps.
 template <typename T>
 GM_KERNEL void layer_norm_forward(const T* x, T* x_hat, T* out, i64 stride, Compute<T>* inverse_std, i64 std_stride,
                                   const Compute<T>* gamma, const Compute<T>* beta, i64 parameter_stride, i32 models,
                                   i64 batch, i64 units) {
     typedef Compute<T> C;
-    constexpr int W = QUAD<T>;
     GM_SHARED(C, held, 32);
     const Team team = Team::of(units);
-    const i64 span = team.span();
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         const i64 first = m * stride;
         const C *g = gamma + m * parameter_stride, *b = beta + m * parameter_stride;
-        const bool parameter_quads = gm_aligned(g) && gm_aligned(b);
         const bool quads = gm_aligned_stride<T>(units) && gm_aligned(x + first) && gm_aligned(x_hat + first) &&
-                           gm_aligned(out + first);
-        for (i64 r = team.first_row; r < batch; r += team.row_step) {
-            const i64 row = first + r * units;
-            C v[HELD], part[W], slope[W], offset[W], sum = C(0), squares = C(0);
-            auto load = [&](i64 start, int i, int at, int n) {
-                gm_load_some(x + row + start + at, part, n, quads);
-#pragma unroll
-                for (int j = 0; j < W; ++j) v[i + j] = part[j];
-            };
-            for (i64 start = 0; start < units; start += span)
-                team.each<W>(units - start, [&](int i, int at, int n) {
-                    load(start, i, at, n);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) sum += v[i + j];
-                });
-            const C mean = team.sum(sum, held) / C(units);
-            for (i64 start = 0; start < units; start += span)
-                team.each<W>(units - start, [&](int i, int at, int n) {
-                    if (units > span) load(start, i, at, n);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) {
-                        const C off = j < n ? v[i + j] - mean : C(0);
-                        squares += off * off;
-                    }
-                });
-            const C inverse = inverse_root(team.sum(squares, held) / C(units));
-            if (team.rank == 0) inverse_std[m * std_stride + r] = inverse;
-            for (i64 start = 0; start < units; start += span)
-                team.each<W>(units - start, [&](int i, int at, int n) {
-                    if (units > span) load(start, i, at, n);
-                    gm_load_some(g + start + at, slope, n, parameter_quads);
-                    gm_load_some(b + start + at, offset, n, parameter_quads);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) part[j] = (v[i + j] - mean) * inverse;
-                    gm_store_some(x_hat + row + start + at, part, n, quads);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) part[j] = part[j] * slope[j] + offset[j];
-                    gm_store_some(out + row + start + at, part, n, quads);
-                });
+                           gm_aligned(out + first) && gm_aligned(g) && gm_aligned(b);
+        for (i64 lead = team.first; lead < batch; lead += team.step) {
+            const i64 r = lead + team.behind, row = first + r * units, n = r < batch ? units : 0;
+            const C inverse = quads ? layer_norm_row<QUAD<T>>(team, x + row, x_hat + row, out + row, g, b, n, held)
+                                    : layer_norm_row<1>(team, x + row, x_hat + row, out + row, g, b, n, held);
+            if (team.rank == 0 && r < batch) inverse_std[m * std_stride + r] = inverse;
         }
     }
 }
 GM_INSTANCES(layer_norm_forward, (f32), (f64), (bf16))
+
+// One row, d as below; units as above.
+template <int W, typename T, typename C>
+GM_DEVICE void layer_norm_gradient_row(const Team& team, T* d, const T* x_hat, C inverse, const C* gamma, i64 units,
+                                       C* held) {
+    const i64 span = team.span<W>();
+    C v[HELD<W>], h[HELD<W>], along = C(0), total = C(0);
+    auto load = [&](i64 start) {  // gamma d and x_hat
+        load_span<W>(team, d + start, units - start, v);
+        load_span<W>(team, x_hat + start, units - start, h);
+        each_piece<W>(team, units - start, [&](int i, int place) {
+            C slope[W];
+            load_piece(gamma + start + place, slope);
+#pragma unroll
+            for (int j = 0; j < W; ++j) v[i + j] *= slope[j];
+        });
+    };
+    for (i64 start = 0; start < units; start += span) {
+        load(start);
+#pragma unroll
+        for (int i = 0; i < HELD<W>; ++i) {
+            along += v[i] * h[i];
+            total += v[i];
+        }
+    }
+    along = team.sum(along, held) / C(units);
+    total = team.sum(total, held) / C(units);
+    for (i64 start = 0; start < units; start += span) {
+        if (units > span) load(start);
+        each_piece<W>(team, units - start, [&](int i, int place) {
+            C piece[W];
+#pragma unroll
+            for (int j = 0; j < W; ++j) piece[j] = (v[i + j] - total - h[i + j] * along) * inverse;
+            store_piece(d + start + place, piece);
+        });
+    }
+}
 
 // d becomes (d' - mean of d' - x_hat mean of d' x_hat) / std with d' = gamma d, means over each row. The grid is as above.
 template <typename T>
 GM_KERNEL void layer_norm_backward(T* d, const T* x_hat, i64 stride, const Compute<T>* inverse_std, i64 std_stride,
                                    const Compute<T>* gamma, i64 parameter_stride, i32 models, i64 batch, i64 units) {
     typedef Compute<T> C;
-    constexpr int W = QUAD<T>;
     GM_SHARED(C, held, 32);
     const Team team = Team::of(units);
-    const i64 span = team.span();
     for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
         const i64 first = m * stride;
         const C* g = gamma + m * parameter_stride;
-        const bool parameter_quads = gm_aligned(g);
-        const bool quads = gm_aligned_stride<T>(units) && gm_aligned(d + first) && gm_aligned(x_hat + first);
-        for (i64 r = team.first_row; r < batch; r += team.row_step) {
-            const i64 row = first + r * units;
-            C v[HELD], h[HELD], part[W], hat[W], slope[W], along = C(0), total = C(0);  // v: d', h: x_hat
-            auto load = [&](i64 start, int i, int at, int n) {
-                gm_load_some(d + row + start + at, part, n, quads);
-                gm_load_some(x_hat + row + start + at, hat, n, quads);
-                gm_load_some(g + start + at, slope, n, parameter_quads);
-#pragma unroll
-                for (int j = 0; j < W; ++j) {
-                    v[i + j] = part[j] * slope[j];
-                    h[i + j] = hat[j];
-                }
-            };
-            for (i64 start = 0; start < units; start += span)
-                team.each<W>(units - start, [&](int i, int at, int n) {
-                    load(start, i, at, n);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) {
-                        along += v[i + j] * h[i + j];
-                        total += v[i + j];
-                    }
-                });
-            along = team.sum(along, held) / C(units);
-            total = team.sum(total, held) / C(units);
-            const C inverse = inverse_std[m * std_stride + r];
-            for (i64 start = 0; start < units; start += span)
-                team.each<W>(units - start, [&](int i, int at, int n) {
-                    if (units > span) load(start, i, at, n);
-#pragma unroll
-                    for (int j = 0; j < W; ++j) part[j] = (v[i + j] - total - h[i + j] * along) * inverse;
-                    gm_store_some(d + row + start + at, part, n, quads);
-                });
+        const bool quads =
+            gm_aligned_stride<T>(units) && gm_aligned(d + first) && gm_aligned(x_hat + first) && gm_aligned(g);
+        for (i64 lead = team.first; lead < batch; lead += team.step) {
+            const i64 r = lead + team.behind, row = first + r * units, n = r < batch ? units : 0;
+            const C inverse = r < batch ? inverse_std[m * std_stride + r] : C(0);
+            if (quads) layer_norm_gradient_row<QUAD<T>>(team, d + row, x_hat + row, inverse, g, n, held);
+            else layer_norm_gradient_row<1>(team, d + row, x_hat + row, inverse, g, n, held);
         }
     }
 }

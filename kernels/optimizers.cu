@@ -114,9 +114,9 @@ template <typename T> GM_DEVICE bool in_quads(const T* p, i64 stride, i32 models
 
 // --- kernels
 
-// One step of every model: clip_value, clip_norm, l1 and l2, shrink (1 - learning_rate weight_decay), the rule. Penalties and
-// decay act on the first n_weights elements. A null pointer: that is not asked for. The shadow gets w in bfloat16. A model
-// whose valid or ok is 0 stays as it is.
+// One step of every model: clip_value, clip_norm, l1 and l2, shrink (1 - learning_rate weight_decay), the rule. Penalties
+// and decay act on the first n_weights elements. A null pointer: that is not asked for. The shadow gets w in bfloat16. A
+// model whose valid or ok is 0 stays as it is.
 template <typename Rule, typename T>
 GM_KERNEL void update(T* w, const T* g, T* first, T* second, i64 stride, i64 n, i64 n_weights, const T* current,
                       i64 current_stride, const T* l1, const T* l2, const T* shrink, const T* clip_value,

@@ -9,7 +9,7 @@ def pytest_collection_modifyitems(config, items):
     asked_for = config.option.markexpr or ""
     if "long" not in asked_for:
         _skip(items, "long", "takes minutes; run it with: pytest -m long")
-    if any("gpu" in item.keywords for item in items):
+    if any(item.get_closest_marker("gpu") for item in items):
         runtime, reason = find_gpu(None)
         if runtime is None:
             _skip(items, "gpu", reason)
@@ -17,5 +17,5 @@ def pytest_collection_modifyitems(config, items):
 
 def _skip(items, marker, reason):
     for item in items:
-        if marker in item.keywords:
+        if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))

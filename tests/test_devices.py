@@ -216,7 +216,7 @@ def test_a_fork_of_a_process_without_cuda_looks_for_itself(monkeypatch):
     assert probe.find_gpu()[0] is not None
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1.0", 3, None])
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1.0", 3, None], ids=repr)
 def test_unknown_devices(device):
     with pytest.raises(ValueError) as error:
         get_backend(device)

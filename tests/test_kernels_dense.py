@@ -14,8 +14,8 @@ from gpumlp.backends.numpy_backend import NumpyBackend
 TOLERANCES = {"f32": 1e-5, "f64": 1e-12, "bf16": 1e-2}
 LAYER = 5
 RATES = (0.5, 0.0, 0.2)
-# (models, batch, units): one number; odd rows shorter and longer than a warp's tile; rows of whole Philox blocks, one with a
-# rest of 8 columns; more rows than the warps of a block take at once
+# (models, batch, units): one number; odd rows shorter and longer than a warp's tile; rows of whole Philox blocks, one with
+# a rest of 8 columns; more rows than the warps of a block take at once
 SHAPES = [(1, 1, 1), (3, 3, 31), (1, 7, 33), (2, 1, 257), (1, 2, 1000), (3, 5, 40), (2, 70, 8), (1, 67, 3)]
 # offset of the first element, elements between the models: 16-byte accesses can and cannot be had
 PLACES = [(0, 0), (0, 3), (1, 0), (8, 16)]
@@ -91,15 +91,20 @@ def assert_same_bits(got, wanted):
 # --- dense_forward
 
 
-def forward(row, z, type, b=None, *, in_place=False, rates=None, grid=(2, 2), block=256, schedule=0, offset=0, gap=0):
-    """z, a and dropped as the kernel leaves them, and the mask; dropped is None without rates."""
+def forward(
+    row, z, type, b=None, *, in_place=False, rates=None, grid=(2, 2), block=256, schedule=0, offset=0, gap=0, off=None
+):
+    """z, a and dropped as the kernel leaves them, and the mask; dropped is None without rates.
+
+    The array called ``off`` begins one element later than the others.
+    """
     runtime = EmulatedRuntime(schedule=schedule)
     models, batch, units = z.shape
-    z = Buffer(runtime, z, type, offset, gap)
+    z = Buffer(runtime, z, type, offset + (off == "z"), gap)
     unwritten = np.full(z.array.shape, np.nan)
-    a = z if in_place else Buffer(runtime, unwritten, type, offset, gap)
-    dropped = None if rates is None else Buffer(runtime, unwritten, type, offset, gap)
-    b = None if b is None else Buffer(runtime, b, wide(type)[1], offset, gap)
+    a = z if in_place else Buffer(runtime, unwritten, type, offset + (off == "a"), gap)
+    dropped = None if rates is None else Buffer(runtime, unwritten, type, offset + (off == "dropped"), gap)
+    b = None if b is None else Buffer(runtime, b, wide(type)[1], offset + (off == "b"), gap)
     arguments, keep = draws(runtime, models, type, rates)
     number = list(ACTIVATIONS).index(row.name)
     launch(
@@ -170,6 +175,14 @@ def test_forward_of_any_shape_at_any_place(shape, place, type):
         assert_same_bits(other, got)
 
 
+@pytest.mark.parametrize("off", ["z", "a", "dropped", "b"])
+@every_type
+def test_forward_where_one_array_begins_elsewhere(off, type):
+    z, b = numbers((2, 5, 40), type), numbers((2, 40), type, 1)
+    got = forward(ACTIVATIONS["tanh"], z, type, b, rates=RATES, off=off)
+    assert_same_bits(got, forward(ACTIVATIONS["tanh"], z, type, b, rates=RATES))
+
+
 @every_type
 def test_forward_of_any_schedule(type):
     row, z, b = ACTIVATIONS["gelu"], numbers((2, 9, 37), type), numbers((2, 37), type, 1)
@@ -194,12 +207,13 @@ def test_nan_passes_through_activations():
 
 
 def backward(
-    row, d, u, a, type, *, rates=None, sums=True, grid=(2, 2, 1), schedule=0, offset=0, gap=0, runs=1
+    row, d, u, a, type, *, rates=None, sums=True, grid=(2, 2, 1), schedule=0, offset=0, gap=0, runs=1, off=None
 ):
-    """d and db as the kernel leaves them, and the mask; db is None unless ``sums``."""
+    """d and db as the kernel leaves them, and the mask; db is None unless ``sums``; ``off`` as above."""
     runtime = EmulatedRuntime(schedule=schedule)
     models, batch, units = d.shape
-    d, u, a = (Buffer(runtime, values, type, offset, gap) for values in (d, u, a))
+    named = {"d": d, "u": u, "a": a}
+    d, u, a = (Buffer(runtime, values, type, offset + (off == name), gap) for name, values in named.items())
     T, name = wide(type)
     db = Buffer(runtime, np.full((models, units), np.nan, T), name, offset, gap) if sums else None
     arguments, keep = draws(runtime, models, type, rates)
@@ -269,6 +283,16 @@ def test_backward_of_any_shape_at_any_place(shape, place, type):
         other = backward(row, d, u, a, type, rates=RATES, offset=offset, gap=gap, grid=grid, runs=2)
         assert_same_bits(other[::2], got[::2])
         assert_close(other[1], wanted_db, type)
+
+
+@pytest.mark.parametrize("off", ["d", "u", "a"])
+@every_type
+def test_backward_where_one_array_begins_elsewhere(off, type):
+    row = ACTIVATIONS["silu"]
+    d, u, a = layer(row, (2, 20, 40), type)
+    got, aligned = (backward(row, d, u, a, type, rates=RATES, off=which) for which in (off, None))
+    assert_same_bits(got[::2], aligned[::2])
+    assert_close(got[1], aligned[1], type)
 
 
 @pytest.mark.parametrize("units", [35, 72])
@@ -376,7 +400,7 @@ def test_columns_go_into_wider_rows_and_out_of_them(adds, columns, start, width,
 
     def run(grid, inwards):
         runtime = EmulatedRuntime()
-        one, other = (Buffer(runtime, values, type, offset, gap) for values in (narrow, rows))
+        one, other = Buffer(runtime, narrow, type, offset, gap), Buffer(runtime, rows, type, 0, gap)
         ends = (one, one.array, width), (other, other.array[..., start : start + width], columns)
         (source, x, x_row), (target, out, out_row) = ends if inwards else ends[::-1]
         strides = source.stride, x_row, target.stride, out_row

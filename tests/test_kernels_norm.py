@@ -9,9 +9,10 @@ from gpumlp.backends.device import DeviceArray, bf16_to_float32, float32_to_bf16
 from gpumlp.backends.numpy_backend import norm_backward, norm_forward
 
 TOLERANCES = {"f32": 1e-5, "f64": 1e-12, "bf16": 1e-2}
-# (models, batch, units). Batches that fit a block's registers and not; rows that a warp holds, that a block holds, and longer
+# (models, batch, units). Batches that fit a block's registers and not
 BATCH_SHAPES = [(1, 1, 1), (3, 5, 33), (1, 128, 3), (2, 131, 40), (1, 300, 31)]
-LAYER_SHAPES = [(1, 1, 1), (3, 5, 33), (2, 11, 40), (1, 3, 1000), (2, 2, 1031), (1, 2, 2500)]
+# Rows for 4, 8, 16 and 32 lanes, and for a block
+LAYER_SHAPES = [(1, 1, 1), (3, 5, 33), (2, 19, 40), (1, 9, 100), (2, 3, 208), (1, 3, 1000), (2, 2, 1031), (1, 2, 2504)]
 # offset of the first element, elements between the models: 16-byte accesses can and cannot be had
 PLACES = [(0, 0), (1, 3), (8, 16)]
 
@@ -76,7 +77,9 @@ class Case:
             inverse = np.zeros((1, 1, units) if self.kind == "batch" else (1, n, 1))
             sums = [np.zeros((1, units)) for _ in range(2)]
             d[...] = self.d[one, :n]
-            x, gamma, beta = (values.astype(np.float64) for values in (self.x[one, :n], self.gamma[one], self.beta[one]))
+            x, gamma, beta = (
+                values.astype(np.float64) for values in (self.x[one, :n], self.gamma[one], self.beta[one])
+            )
             if n:
                 norm = Norm(self.kind, x, x_hat, inverse, out, gamma, beta, *sums, d, *running)
                 norm_forward(norm, training, update_running)
@@ -235,13 +238,15 @@ def test_batch_normalisation_of_no_rows():
 # --- layer normalisation
 
 
-def layer_forward(case, *, in_place=False, grid=(2, 2), block=(256,), schedule=0, offset=0, gap=0):
+def layer_forward(case, *, in_place=False, grid=(2, 2), block=(256,), schedule=0, offset=0, gap=0, off=None):
+    """What the kernel gives; the array called ``off`` begins one element later than the others."""
     runtime, type = EmulatedRuntime(schedule=schedule), case.type
     (T, name), (models, batch, units) = wide(type), case.x.shape
-    x = Buffer(runtime, case.x, type, offset, gap)
-    out = Buffer(runtime, np.full(case.x.shape, np.nan), type, offset, gap)
-    x_hat = x if in_place else Buffer(runtime, np.full(case.x.shape, np.nan), type, offset, gap)
-    gamma, beta = (Buffer(runtime, values, name, offset, gap) for values in (case.gamma, case.beta))
+    x = Buffer(runtime, case.x, type, offset + (off == "x"), gap)
+    out = Buffer(runtime, np.full(case.x.shape, np.nan), type, offset + (off == "out"), gap)
+    x_hat = x if in_place else Buffer(runtime, np.full(case.x.shape, np.nan), type, offset + (off == "x_hat"), gap)
+    gamma = Buffer(runtime, case.gamma, name, offset + (off == "gamma"), gap)
+    beta = Buffer(runtime, case.beta, name, offset + (off == "beta"), gap)
     inverse = Buffer(runtime, np.full((models, batch, 1), np.nan, T), name, offset, gap)
     launch(
         runtime,
@@ -256,14 +261,16 @@ def layer_forward(case, *, in_place=False, grid=(2, 2), block=(256,), schedule=0
     return {"x_hat": x_hat.get(), "out": out.get(), "inverse_std": inverse.get()}
 
 
-def layer_backward(case, forward, *, grid=(2, 2), block=(256,), schedule=0, offset=0, gap=0):
-    """Both kernels, in their order."""
+def layer_backward(case, forward, *, grid=(2, 2), block=(256,), schedule=0, offset=0, gap=0, off=None):
+    """Both kernels, in their order; ``off`` as above."""
     runtime, type = EmulatedRuntime(schedule=schedule), case.type
     (T, name), (models, batch, units) = wide(type), case.x.shape
-    d, x_hat = (Buffer(runtime, values, type, offset, gap) for values in (case.d, forward["x_hat"]))
+    d = Buffer(runtime, case.d, type, offset + (off == "d"), gap)
+    x_hat = Buffer(runtime, forward["x_hat"], type, offset + (off == "x_hat"), gap)
     inverse = Buffer(runtime, forward["inverse_std"].astype(T), name, offset, gap)
     unwritten = np.full((models, units), np.nan, T)
-    gamma, dgamma, dbeta = (Buffer(runtime, v, name, offset, gap) for v in (case.gamma, unwritten, unwritten))
+    gamma = Buffer(runtime, case.gamma, name, offset + (off == "gamma"), gap)
+    dgamma, dbeta = (Buffer(runtime, unwritten, name, offset, gap) for _ in range(2))
     sums = dgamma.array, dbeta.array, dgamma.stride
     arrays = d.array, x_hat.array, d.stride
     launch(runtime, f"layer_norm_parameters_{type}", grid, (32, 8), *arrays, *sums, models, batch, units)
@@ -288,11 +295,20 @@ def test_layer_normalisation_of_any_shape_at_any_place(shape, place, type):
     assert_same_bits(layer_forward(case, offset=offset, gap=gap, in_place=True), got)
 
 
+@pytest.mark.parametrize("off", ["x", "x_hat", "out", "gamma", "beta", "d"])
+@every_type
+def test_layer_normalisation_where_one_array_begins_elsewhere(off, type):
+    case = Case("layer", (2, 3, 40), type)
+    forward, backward = case.define()
+    assert_close(layer_forward(case, off=off), forward, type)
+    assert_close(layer_backward(case, forward, off=off), backward, type)
+
+
 @pytest.mark.parametrize("units", [70, 1500])
 @pytest.mark.parametrize("block", [(32,), (96,), (32, 8)], ids=str)
 @every_type
 def test_layer_normalisation_by_blocks_of_any_shape(units, block, type):
-    case = Case("layer", (2, 3, units), type)  # a warp alone holds 1024 of 1500 units
+    case = Case("layer", (2, 3, units), type)  # 32 threads hold 512 of 1500 units
     forward, backward = case.define()
     assert_close(layer_forward(case, block=block), forward, type)
     assert_close(layer_backward(case, forward, block=block), backward, type)

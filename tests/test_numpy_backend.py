@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gpumlp as gm
-from gpumlp import backends, random
+from gpumlp import random
 from gpumlp.activations import ACTIVATIONS
 from gpumlp.backends import get_backend, numpy_backend
 from gpumlp.backends.base import Backend, Batch, Draw, Dropout, Join, Norm

@@ -137,8 +137,11 @@ def text_of(file: str) -> str:
 
 
 def _entry(instance: Instance) -> str:
+    # Blocks that a multiprocessor holds at once, and so the registers of a thread (128 for two blocks): without a number
+    # ptxas takes up to 255 for kernels that hold rows in registers. Double precision needs them.
+    blocks = 1 if any(argument.type == "f64" for argument in instance.arguments) else 2
     names = ", ".join(argument.name for argument in instance.arguments)
     return (
-        f'extern "C" __global__ void __launch_bounds__(GM_THREADS) {instance.name}({instance.declaration}) '
+        f'extern "C" __global__ void __launch_bounds__(GM_THREADS, {blocks}) {instance.name}({instance.declaration}) '
         f"{{ kernels::{instance.call}({names}); }}"
     )

@@ -18,7 +18,8 @@ import numpy as np
 
 from .augment import Mixup, RandomShift
 from .backends.device import DeviceArray, row_major
-from .backends.gpu_backend import Counters, DeviceBatch, GpuBackend
+from .backends.gpu_backend import GpuBackend
+from .backends.gpu_work import Counters, DeviceBatch
 from .evaluation import Evaluation
 from .streaming import Stream, must_stream
 from .train_step import TrainStep
@@ -132,10 +133,10 @@ class DeviceStep(TrainStep):
     def _streaming(self) -> Stream | None:
         """The data's way to the device where they are larger than the limit, or than what the device has free."""
         data, backend = self.data, self.backend
-        if not must_stream(backend, data.X, self.memory_limit):
-            return None
+        if self.optimizer.full_batch or not must_stream(backend, data.X, self.memory_limit):
+            return None  # a full batch lies there as a whole in any case
         arrays = [backend.as_gathered(v) for v in (data.X, self._targets(), data.weight) if v is not None]
-        return Stream(backend, arrays, self.order, STEPS * self.batch_size)
+        return Stream(backend, arrays, self.order, min(STEPS * self.batch_size, self.order.shape[1]))
 
     def _shares(self) -> dict[int, DeviceArray]:
         rows = [row for row in self.augment if isinstance(row, Mixup)]
@@ -208,6 +209,8 @@ class DeviceStep(TrainStep):
     # --- steps
 
     def run(self, position: int, rates: Any, alone: bool = False) -> int:
+        if self.optimizer.full_batch:  # a trial of the line search that went too far is no end
+            self.counters.active[...] = self.active.astype(np.int32)
         self._provide(position, rates)
         if self.optimizer.full_batch:
             self._last = self._full_batch_step(rates[position])
@@ -224,6 +227,8 @@ class DeviceStep(TrainStep):
         if self._stream is not None and self._position % STEPS == 0:
             self._stream.done(chunk)
             self._stream.send(chunk + 1)
+        if alone:
+            self.catch_up()  # a loss that is not finite ends the fit before anybody is told of it
         return steps
 
     def _make(self, steps: int) -> None:
@@ -234,7 +239,8 @@ class DeviceStep(TrainStep):
         if self._can_capture and steps not in self._graphs:
             self._record(steps)
         if not self._can_capture:
-            self._launch_step()
+            for _ in range(steps):
+                self._launch_step()
             return
         self._graphs[steps]()
         self._events.append(self.backend.runtime.event())
@@ -255,7 +261,7 @@ class DeviceStep(TrainStep):
             warnings.warn(
                 f"training steps could not be recorded as a CUDA graph and run launch by launch, which is slower: {error}",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
             return
         self._graphs[steps] = graph
@@ -263,7 +269,10 @@ class DeviceStep(TrainStep):
             self._check(graph, several)
 
     def _check(self, graph: Callable[[], None], eager: Callable[[], None]) -> None:
-        """Hold a replay against the same steps launch by launch, from the same state; the state is put back."""
+        """Hold two replays against the same steps launch by launch, from the same state; the state is put back.
+
+        What should change from step to step and was recorded as it stood shows at the second.
+        """
         network, c = self.network, self.counters
         changing = [network.flat, *self.bound.states.values(), *network.statistics.values(), self._report]
         changing += [c.step, c.active, c.valid, c.ok, c.current] + ([network.shadow] if network.shadow else [])
@@ -272,7 +281,8 @@ class DeviceStep(TrainStep):
         def outcome(run: Callable[[], None]) -> list[np.ndarray]:
             for array, values in zip(changing, before, strict=True):
                 array[...] = values
-            run()
+            for _ in range(2):
+                run()
             return [array.get() for array in changing]
 
         launched, replayed = outcome(eager), outcome(graph)
@@ -415,4 +425,4 @@ class DeviceEvaluation(Evaluation):
             backend.gather(batch)
             z = workspace.forward(training=False)
             backend.loss(self.loss, z, batch, None)
-            backend._add(z, out, adds=False)
+            backend.add_columns(z, out, adds=False)

@@ -438,6 +438,7 @@ class Network:
                 into[name] = self.backend.empty(values.shape, self.dtype)
                 into[name][...] = values
             else:
+                into[name] = self.backend.asarray(into[name])  # a resumed fit brings them from the host
                 _copy_models(into[name], values, models)
 
     def set_weights(self, weights: dict[str, Any], models: np.ndarray) -> None:

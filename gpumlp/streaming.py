@@ -48,7 +48,8 @@ class Stream:
         ]
         self._held: list[int | None] = [None] * SLOTS  # the chunk in each slot
         self._copied: list[Any] = [None] * SLOTS  # events: the pinned memory may be filled again
-        self._read: list[Any] = [None] * SLOTS  # events: the steps that read the slot are done
+        # Events: the steps that read the slot are done; at first, whatever read its memory before.
+        self._read: list[Any] = [self.runtime.event() for _ in range(SLOTS)]
         at = np.arange(rows)
         slot = (at // chunk) % SLOTS
         self.order = backend.asarray((slot * groups + np.arange(groups)[:, None]) * chunk + at % chunk)

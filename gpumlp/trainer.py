@@ -281,20 +281,21 @@ class Trainer:
 
     def _diverged(self, step: TrainStep, rates: list) -> None:
         """Stop training the models whose loss is not finite; an error where none is left."""
-        bad = step.diverged.copy()
-        step.lost |= bad
-        first = int(step.diverged_at[bad].min())
-        loss, rate = step.log[0, bad, first], rates[first]
-        where = f"at step {first + 1} of epoch {self.epochs_done + 1}"
+        bad, at = step.diverged.copy(), step.diverged_at.copy()
+        for first in np.unique(at[bad]):  # a device reports the steps of an epoch together
+            self._lose(step, bad & (at == first), int(first), rates[first])
+
+    def _lose(self, step: TrainStep, models: np.ndarray, position: int, rate: Any) -> None:
+        step.lost |= models
+        where = f"at step {position + 1} of epoch {self.epochs_done + 1}"
         advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
         if step.lost.all():
-            shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[bad].tolist()
-            raise DivergedError(
-                f"the loss is {loss[~np.isfinite(loss)][0]} {where} with learning rate {shown}; {advice}"
-            )
-        names = ", ".join(str(i) for i in np.flatnonzero(bad))
-        warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {advice}", stacklevel=3)
-        step.retire(bad)
+            shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[models].tolist()
+            loss = step.log[0, models, position][0]
+            raise DivergedError(f"the loss is {loss} {where} with learning rate {shown}; {advice}")
+        names = ", ".join(str(i) for i in np.flatnonzero(models))
+        warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {advice}", stacklevel=4)
+        step.retire(models)
 
     def _record(self, rate: Any, evaluation: Evaluation | None) -> dict[str, Any]:
         """What the epoch gave, appended to ``history`` and returned."""

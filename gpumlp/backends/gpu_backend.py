@@ -6,63 +6,21 @@ sizes that stay the same from step to step, so a recorded sequence of verbs is a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import random
-from ..activations import ACTIVATIONS
 from ..losses import LOSSES
-from .base import Batch, Dense, Draw, Dropout, Join, Norm
-from .device import TYPE_NAMES, DeviceArray, Product, Runtime, bind
+from .base import Dense, Draw, Dropout, Join, Norm
+from .device import TYPE_NAMES, DeviceArray, Runtime, bind
+from .gpu_work import LARGEST_GRID, PARTIALS, WARP, Counters, DenseWork, DeviceBatch, OptimizerWork
 
 THREADS = 256  # of a block
-WARP = 32
 BLOCKS = 8  # of a grid, for each multiprocessor
-PARTIALS = 64  # sums of a long vector that are made at a time, and then added in order
-LARGEST_GRID = 65_535  # in y and z
-EPILOGUES = {
-    "identity": "bias",
-    "relu": "relu_bias",
-    "gelu_tanh": "gelu_bias",
-}  # activations that a product can end with
 UPLOADED_AS = {"u32": np.int64, "u64": np.float64}  # types of data that no kernel gathers
 WIDENED = (*UPLOADED_AS, "bf16")  # the same of data that are on the device already
 LOCAL_SORT = 1024  # elements that a block sorts in shared memory
-
-
-@dataclass(slots=True)
-class Counters:
-    """What of a fit changes from step to step, in device memory: kernels read and advance it."""
-
-    step: DeviceArray  # (8,) i64: position in the epoch, position of the table's first row
-    counts: DeviceArray  # (models,) i64 rows of each model
-    active: DeviceArray  # (models,) i32
-    valid: DeviceArray  # (models + 1,) i32 rows of the present batch; behind them the largest
-    ok: DeviceArray  # (models,) i32 the batch's loss is finite
-    table: DeviceArray  # (rows, steps, models) coefficients of the optimizer's steps
-    current: DeviceArray  # (rows, models) those of the present step
-    losses: DeviceArray  # (models, steps) f64 mean loss of each batch
-    weights: DeviceArray  # (models, steps) f64
-    diverged_at: DeviceArray  # (models,) i64
-    row_loss: DeviceArray  # (models, batch)
-    weight_total: DeviceArray  # (models or 1,)
-
-
-@dataclass(slots=True)
-class DeviceBatch(Batch):
-    """A batch whose rows a kernel finds by itself."""
-
-    order: DeviceArray | None  # (models or 1, rows) i64 row numbers in the order of the epoch; None: as they stand
-    batch_size: int
-    counters: Counters | None
-    step: DeviceArray  # (8,) i64, element 0 the batch's number
-    spare: DeviceArray | None  # of x's shape, for a shift of images
-    row_loss: DeviceArray  # (models, batch)
-    option: tuple  # of the loss: values on the device or None, strides over models and outputs
-    shares: dict[int, DeviceArray]  # of each mixup, by id: (models,)
 
 
 class GpuBackend:
@@ -162,7 +120,7 @@ class GpuBackend:
         assert spare is None or shift is None
         self._launch(
             f"gather_{batch.X.type}_{x.type}",
-            (self._row_blocks(size), min(models, LARGEST_GRID)),
+            (self._blocks(size * features, 4), min(models, LARGEST_GRID)),
             *(batch.X, order, 0 if order is None else order.strides[0], batch.step, batch.batch_size, valid),
             *(x, x.strides[0], features, shift, scale, _model_stride(shift)),
             *(batch.y if labels else None, targets if labels else None),
@@ -211,7 +169,7 @@ class GpuBackend:
     def prepare(self, dense: Dense) -> None:
         # Ways to a product are tried where its result goes, and the gradient there may still wait for its update.
         kept = [(gradient, self._copy(gradient)) for gradient in (dense.dW, dense.db) if gradient is not None]
-        _DenseWork(self, dense)
+        DenseWork(self, dense)
         for gradient, values in kept:
             gradient[...] = values
 
@@ -225,12 +183,12 @@ class GpuBackend:
         work.forward[work.way]()
         if dense.before is not None:
             if dense.b is not None:
-                self._activate(dense, dense.z, dense.z, dense.b, None, 0, 1.0)
+                self.activate(dense, dense.z, dense.z, dense.b, None, 0, 1.0)
             self._norm_forward(dense.before, training, update_running)
         dropped = dense.after is None and dense.dropout is not None and training
         bias = None if dense.before is not None or work.way else dense.b
         if work.way == 0 and (dense.a is not dense.u or bias is not None or dropped or work.row != 0):
-            self._activate(dense, dense.u, dense.a, bias, draw if dropped else None, work.row, work.alpha)
+            self.activate(dense, dense.u, dense.a, bias, draw if dropped else None, work.row, work.alpha)
         elif dropped:
             self.dropout_forward(dense.dropout, draw)  # type: ignore[arg-type]
         if dense.after is not None:
@@ -252,16 +210,16 @@ class GpuBackend:
         identity = work.row == 0 and dropout is None
         if not identity or (needs_sum and dense.before is None):
             db = dense.db if needs_sum and dense.before is None else None
-            self._derive(dense, dropout, draw, db, work.row)
+            self.derive(dense, dropout, draw, db, work.row)
         if dense.before is not None:
             self._norm_backward(dense.before)
             if needs_sum:
-                self._derive(dense, None, draw, dense.db, 0)
+                self.derive(dense, None, draw, dense.db, 0)
         work.backward[work.backward_way]()
         if work.input is not None:
             work.input()
 
-    def _activate(self, dense: Dense, z, a, b, draw: Draw | None, row: int, alpha: float) -> None:
+    def activate(self, dense: Dense, z, a, b, draw: Draw | None, row: int, alpha: float) -> None:
         models, batch, units = a.shape
         dropout = dense.dropout if draw is not None else None
         self._launch(
@@ -271,7 +229,7 @@ class GpuBackend:
             *(row, alpha, *self._draws(dropout, draw), models, batch, units),
         )
 
-    def _derive(self, dense: Dense, dropout: Dropout | None, draw: Draw, db: Any, row: int) -> None:
+    def derive(self, dense: Dense, dropout: Dropout | None, draw: Draw, db: Any, row: int) -> None:
         d, work = dense.d, dense.work
         models, batch, units = d.shape
         self._launch(
@@ -308,7 +266,7 @@ class GpuBackend:
         for i, part in enumerate(join.parts):
             width = part.shape[2]
             out = join.out[..., start : start + width] if join.concat else join.out
-            self._add(part, out, adds=bool(i) and not join.concat)
+            self.add_columns(part, out, adds=bool(i) and not join.concat)
             start += width
 
     def split(self, join: Join) -> None:
@@ -316,10 +274,10 @@ class GpuBackend:
         for part, (buffer, adds) in zip(join.parts, join.to, strict=True):
             width = part.shape[2]
             if buffer is not None:
-                self._add(join.d[..., start : start + width] if join.concat else join.d, buffer, adds)
+                self.add_columns(join.d[..., start : start + width] if join.concat else join.d, buffer, adds)
             start += width
 
-    def _add(self, values, out, adds: bool) -> None:
+    def add_columns(self, values, out, adds: bool) -> None:
         models, batch, width = out.shape
         grid = (self._blocks(batch * width, 4), min(models, LARGEST_GRID))
         stride = 0 if len(values) < models else values.strides[0]
@@ -466,9 +424,9 @@ class GpuBackend:
             *(of(network.shadow), valid, ok, count),
         )
 
-    def _optimizer_work(self, bound: Any) -> _OptimizerWork:
+    def _optimizer_work(self, bound: Any) -> OptimizerWork:
         if bound.work is None:
-            bound.work = _OptimizerWork(self, bound)
+            bound.work = OptimizerWork(self, bound)
         return bound.work
 
     def limit_norms(self, network: Any, name: str, max_norm: float, models: slice, counters: Any = None) -> None:
@@ -561,92 +519,6 @@ class GpuBackend:
         self._launch(f"find_nonfinite_{x.type}", (self._blocks(x.size, 4),), x, x.size, first)
         found = int(first.get()[0])
         return None if found == 2**64 - 1 else found
-
-
-class _DenseWork:
-    """A layer's products, and scratch for its column sums: made once.
-
-    ``forward`` and ``backward`` hold ways to the same result: a plain product, which own kernels go on from, and one with
-    an epilogue where cuBLASLt has it. The device says which takes less time.
-    """
-
-    def __init__(self, backend: GpuBackend, dense: Dense) -> None:
-        runtime, f = backend.runtime, dense.f
-        dense.work = self
-        if f.name not in ACTIVATIONS:
-            raise ValueError(f"activation {f.name!r} is not in gpumlp's table and has no kernel: use device='cpu'")
-        self.row, self.alpha = list(ACTIVATIONS).index(f.name), 0.0 if f.alpha is None else float(f.alpha)
-        tf32 = dense.tf32
-        models, batch, units = dense.z.shape
-        W_T = dense.W.swapaxes(1, 2)
-        x = dense.x
-        self.forward = [runtime.product(Product(x, W_T, dense.z, tf32=tf32))]  # z = x W.T: (models, batch, fan_out)
-        self.way = self.backward_way = 0
-        ending = EPILOGUES.get(f.name)
-        key = f"{dense.z.type} {x.shape} {dense.W.shape} {f.name}"
-        if ending and dense.working_b is not None and dense.before is None:
-            auxiliary = dense.z if ending == "gelu_bias" else None
-            product = Product(x, W_T, dense.a, False, ending, dense.working_b, auxiliary, tf32)
-            self.way = _choose(runtime, f"forward {key}", self.forward, product, lambda: backend._activate(
-                dense, dense.u, dense.a, dense.b, None, self.row, self.alpha))  # fmt: skip
-        self.input: Callable[[], None] | None = None
-        self.partial = self.tickets = None
-        if dense.d is None:
-            return
-        wide = dense.db.type if dense.db is not None else "f64" if dense.d.type == "f64" else "f32"
-        tiles = -(-units // WARP)
-        splits = max(1, min(-(-batch // 64), 4 * runtime.processors // max(1, tiles * models)))
-        self.tiles = (tiles, min(models, LARGEST_GRID), splits)
-        self.partial = DeviceArray.empty(runtime, (models, splits, units), wide)
-        self.tickets = backend.zeros((models, tiles), "u32")
-        d_T = dense.d.swapaxes(1, 2)
-        self.backward = [
-            runtime.product(Product(d_T, x, dense.dW, tf32=tf32))
-        ]  # dW = dz.T x: (models, fan_out, fan_in)
-        if dense.db is not None and self.row == 0 and dense.dropout is None and dense.before is None:
-            product = Product(d_T, x, dense.dW, False, "bias_gradient", dense.db, None, tf32)
-            self.backward_way = _choose(runtime, f"backward {key}", self.backward, product, lambda: backend._derive(
-                dense, None, None, dense.db, 0))  # type: ignore[arg-type]  # fmt: skip
-        if dense.dx is not None:
-            product = Product(dense.d, dense.W, dense.dx, adds=dense.dx_adds, tf32=tf32)
-            self.input = runtime.product(product)  # dx = dz W: (models, batch, fan_in)
-
-
-def _choose(runtime: Runtime, key: str, ways: list, product: Product, rest: Callable[[], None]) -> int:
-    """Add the way with an epilogue to ``ways``, where it is to be had; returns which takes less time.
-
-    ``rest`` is what the plain way needs beside its product.
-    """
-    plain = ways[0]
-
-    def both() -> None:
-        plain()
-        rest()
-
-    try:
-        ways.append(runtime.product(product))
-    except ValueError:  # a shape that cuBLASLt has no epilogue for
-        return 0
-    return runtime.fastest(key, [both, ways[1]])
-
-
-class _OptimizerWork:
-    """An optimizer's own numbers on the device."""
-
-    def __init__(self, backend: GpuBackend, bound: Any) -> None:
-        optimizer, models, dtype = bound.optimizer, bound.network.models, bound.network.dtype
-        if not optimizer.rule and not optimizer.full_batch:
-            raise ValueError(f"{type(optimizer).__name__} is not in gpumlp's table and has no kernel: use device='cpu'")
-
-        def column(value: Any, wanted: bool = True) -> DeviceArray | None:
-            if value is None or not wanted:
-                return None
-            return backend.asarray(np.broadcast_to(np.asarray(value, dtype).reshape(-1), (models,)))
-
-        self.l1, self.l2 = column(optimizer.l1, bound.has_l1), column(optimizer.l2, bound.has_l2)
-        self.clip_value, self.clip_norm = column(optimizer.clip_value), column(optimizer.clip_norm)
-        self.partials = backend.empty((models, PARTIALS), dtype)
-        self.current = backend.empty((len(bound.c) + 1, models), dtype)
 
 
 def _valid_from(counters: Counters, groups: int) -> int:

@@ -186,6 +186,8 @@ class DeviceStep(TrainStep):
 
     def release(self) -> None:
         """Give the device's memory back; what the host knows of the fit stays."""
+        if getattr(self, "_stream", None) is not None:
+            self._stream.close()  # type: ignore[union-attr]
         for name in (
             "workspace",
             "draw",
@@ -220,6 +222,8 @@ class DeviceStep(TrainStep):
         steps = most if most in (STEPS, self.steps_per_epoch % STEPS) else 1
         if alone or self._eager > 0 or not self._can_capture:
             steps = 1
+        if alone:
+            self.network.renew()  # the same
         if self._stream is not None:
             self._stream.provide(chunk)
         self._make(steps)
@@ -242,10 +246,10 @@ class DeviceStep(TrainStep):
             for _ in range(steps):
                 self._launch_step()
             return
+        if len(self._events) > AHEAD:  # waited for before the launch: an interruption then finds nothing half done
+            self._events.pop(0).wait()
         self._graphs[steps]()
         self._events.append(self.backend.runtime.event())
-        if len(self._events) > AHEAD:
-            self._events.pop(0).wait()
 
     def _record(self, steps: int) -> None:
         """Record ``steps`` steps as a graph; where the device cannot, say so once and go on launch by launch."""
@@ -329,6 +333,7 @@ class DeviceStep(TrainStep):
             return
         if rates is not self._rates or position not in self._table:
             self.catch_up()
+            self.network.renew()  # a callback may have assigned to the parameters
             self._known = position  # where the host's counts stand, also after a resume
             stop = min(position + TABLE, self.steps_per_epoch)
             self.counters.table[:, : stop - position] = self._coefficients(position, stop, rates)
@@ -373,17 +378,22 @@ class DeviceEvaluation(Evaluation):
         if self._streams:
             return super().passes()
         self.network.renew()
-        if self._replay is None:
+        if not self._parts:
             self._prepare()
             self._launch()  # kernels are loaded, products planned
-            runtime = self.network.backend.runtime  # type: ignore[attr-defined]
-            try:
-                self._replay = runtime.capture(self._launch) if runtime.can_capture else self._launch
-            except Exception:  # the training step has said so
-                self._replay = self._launch
         else:
+            if self._replay is None:
+                self._replay = self._recorded()
             self._replay()
         return self._z.get(), self._rows.get().astype(np.float64)
+
+    def _recorded(self) -> Callable[[], None]:
+        """The passes as a graph, or launch by launch where the device records none; the training step has said so."""
+        runtime = self.network.backend.runtime  # type: ignore[attr-defined]
+        try:
+            return runtime.capture(self._launch) if runtime.can_capture else self._launch
+        except Exception:
+            return self._launch
 
     def release(self) -> None:
         """Give the device's memory back."""

@@ -192,7 +192,8 @@ class Network:
         Raises:
             ValueError: another shape.
         """
-        X = np.asarray(X)
+        there, given = self.backend.adopt(X), X
+        X = np.asarray(X) if there is None else there
         own_rows = X.ndim == 3
         fits = X.ndim in (2, 3) and X.shape[-1] == self.n_features and X.shape[-2] > 0
         if not fits or (own_rows and len(X) != self.models):
@@ -203,7 +204,7 @@ class Network:
         self._load(workspace, X)
         self._ready = workspace if training else None
         logits = self.backend.to_numpy(workspace.forward(training))
-        return logits.copy() if self.is_fleet else logits[0].copy()
+        return self._like(logits.copy() if self.is_fleet else logits[0].copy(), given)
 
     def backward(self, dz: Any) -> None:
         """Fill ``gradients`` from dz, the gradient with respect to the logits of the last ``forward``.
@@ -218,7 +219,8 @@ class Network:
         workspace = self._ready
         if workspace is None:
             raise RuntimeError("backward needs what forward keeps: call forward first, once for each backward")
-        dz = np.asarray(dz)
+        there = self.backend.adopt(dz)
+        dz = np.asarray(dz) if there is None else there
         expected = workspace.dz.shape if self.is_fleet else workspace.dz.shape[1:]
         if dz.shape != expected:
             raise ValueError(f"dz has shape {dz.shape}; the last forward returned logits of shape {expected}")
@@ -257,7 +259,7 @@ class Network:
         self.renew()
         if self.backend.is_device:
             workspace.draw.steps[...] = self.steps[workspace.models]
-        self.backend.fill(workspace.x, X)
+        self.backend.fill(workspace.x[:, : X.shape[-2]], X)
         self.backend.standardize(workspace.x, *self.standardization_of(workspace.models, workspace.per_model_rows))
 
     def renew(self) -> None:
@@ -365,16 +367,21 @@ class Network:
         # The buffers are taken for the time of the call, so that two threads may predict at once.
         per_model = self.scales_apart
         bytes_per_row = self.models * self.dtype.itemsize * sum(place.units for place in self.places)
-        at_once = min(len(X), self.backend.prediction_rows, max(1, PREDICTION_BYTES // bytes_per_row))
+        most = min(self.backend.prediction_rows, max(1, PREDICTION_BYTES // bytes_per_row))
+        at_once = min(most, self._rounded(len(X)))
         held = vars(self).pop("_prediction", None)  # in one go, which a swap is not
         if held is None or held.batch < at_once or held.per_model_rows != per_model:
             held = Workspace(self, at_once, training=False, per_model_rows=per_model)
         for start in range(0, len(X), held.batch):
             rows = X[start : start + held.batch]
-            workspace = held.view(slice(0, self.models), len(rows))
+            workspace = held.view(slice(0, self.models), min(held.batch, self._rounded(len(rows))))
             self._load(workspace, rows)
-            yield start, self.backend.to_numpy(workspace.forward(training=False))
+            yield start, self.backend.to_numpy(workspace.forward(training=False)[:, : len(rows)])
         self._prediction = held
+
+    def _rounded(self, rows: int) -> int:
+        """On a device a number of rows costs plans for its products: a power of two serves many."""
+        return 1 << (rows - 1).bit_length() if self.backend.is_device else rows
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels (n_samples,) after a loss over classes, else values (n_samples,) or (n_samples, n_outputs).
@@ -445,6 +452,7 @@ class Network:
         """Take parameters and running statistics for the models in the mask, as ``copy_weights`` left them."""
         for name, values in {"flat": self.flat, **self.statistics}.items():
             _copy_models(values, weights[name], models)
+        self.renew()
 
     def __getitem__(self, i: int) -> Network:
         """Model ``i`` as a network of its own: a copy. Raises IndexError out of range."""

@@ -84,6 +84,12 @@ class Stream:
             self._copied[slot] = self.runtime.upload_async(to.pointer, pinned[slot], self._read[slot])
         self._held[slot] = chunk
 
+    def close(self) -> None:
+        """Wait for what is on its way, before its memory is given back."""
+        for copied in self._copied:
+            if copied is not None:
+                copied.wait()
+
     def done(self, chunk: int) -> None:
         """Mark that all steps that read ``chunk`` are launched."""
         self._read[chunk % SLOTS] = self.runtime.event()

@@ -133,8 +133,8 @@ class Trainer:
         Returns:
             ``history``.
 
-        Ctrl-C ends the fit after the current step with a warning, and ``EarlyStopping`` puts the best weights back as it
-        does at any end; a second Ctrl-C raises KeyboardInterrupt.
+        Ctrl-C ends the fit after the current step (on a GPU, after those that were launched) with a warning, and
+        ``EarlyStopping`` puts the best weights back as it does at any end; a second Ctrl-C raises KeyboardInterrupt.
 
         Raises:
             ValueError, TypeError: data or arguments that do not fit; the message says what and what to do.
@@ -194,14 +194,16 @@ class Trainer:
                     if not step.active.any():
                         self.stopped = "early"
             finally:
-                step.catch_up()
-                if interrupted():
-                    self.stopped = "interrupted"  # also between steps
-                self._seconds = time.monotonic() - started
-                step.release()
-                if evaluation is not None:
-                    evaluation.release()
-                end_all(begun, self)
+                try:
+                    step.catch_up()
+                finally:
+                    if interrupted():
+                        self.stopped = "interrupted"  # also between steps
+                    self._seconds = time.monotonic() - started
+                    step.release()
+                    if evaluation is not None:
+                        evaluation.release()
+                    end_all(begun, self)
         if self.stopped == "interrupted":
             where = f"in epoch {self.epochs_done + 1}" if self.position else f"after epoch {self.epochs_done}"
             warnings.warn(f"fit was interrupted {where} of {epochs}; the network is usable as it is", stacklevel=2)

@@ -101,7 +101,9 @@ GM_KERNEL void batch_norm_forward(const T* x, T* x_hat, T* out, i64 stride, Comp
             if (training) {
                 column_moments(x + at, units, rows, gm_at_least(n, i64(1)), v, mean, variance, held);
                 // One row alone has no variance to learn from.
-                if (update_running && n > 1 && exists && threadIdx.y == 0) {
+                // A model that diverges is left as it was.
+                const bool moves = gm_finite(mean) && gm_finite(variance);
+                if (update_running && n > 1 && exists && threadIdx.y == 0 && moves) {
                     move(running_mean[kept], mean);
                     move(running_variance[kept], variance * (C(n) / C(n - 1)));
                 }

@@ -132,7 +132,9 @@ class FakeCupy(ModuleType):
             runtime=runtime,
             Device=lambda index: Device(self, index),
             Stream=self.make_stream,
-            Event=lambda disable_timing: SimpleNamespace(synchronize=lambda: self.log.append(("wait", "event"))),
+            Event=lambda disable_timing: SimpleNamespace(
+                synchronize=lambda: self.log.append(("wait", "event")), done=True
+            ),
             alloc=self.alloc,
             alloc_pinned_memory=bytearray,
             using_allocator=self.using_allocator,

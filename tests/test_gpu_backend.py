@@ -828,3 +828,43 @@ def test_a_workspace_prepares_each_layer_once(plain):
     assert workspace.view(slice(0, 1), 8) is workspace and workspace.view(slice(0, 1), 3) is workspace.view(
         slice(0, 1), 3
     )
+
+
+def test_a_loop_on_the_device_copies_nothing(plain):
+    """Rows and gradients that lie on the device are read there, and logits come back in kind."""
+    network = gm.Network([gm.Dense(5, "relu"), gm.Dense(OUTPUTS)], n_features=FEATURES, seed=1, device=plain)
+    X = rows(dtype=np.float32)
+    expected = network.forward(X)
+    network.backward(np.ones_like(expected))
+    gradient = host(network, network.flat_gradient)
+    z = network.forward(ForeignArray(on_device(plain.runtime, X)))
+    assert isinstance(z, ForeignArray)
+    np.testing.assert_array_equal(z.get(), expected)
+    network.flat_gradient[...] = 0
+    network.backward(ForeignArray(on_device(plain.runtime, np.ones_like(expected))))
+    np.testing.assert_array_equal(host(network, network.flat_gradient), gradient)
+
+
+def test_predictions_of_many_sizes_share_their_plans(plain):
+    network = gm.Network([gm.Dense(5, "relu"), gm.Dense(OUTPUTS)], n_features=FEATURES, seed=1, device=plain)
+    X, planned = rows(70, dtype=np.float32), []
+    expected = network.logits(X)
+    product = plain.runtime.product
+    plain.runtime.product = lambda product_: planned.append(product_) or product(product_)
+    try:
+        for n in range(1, 71):
+            np.testing.assert_allclose(network.logits(X[:n]), expected[:n], rtol=1e-5, atol=1e-6)
+    finally:
+        del plain.runtime.product
+    assert len(planned) <= 2 * 2 * 8  # two layers, two ways, and 1, 2, 4, ..., 64 rows
+
+
+def test_old_gpus_have_no_bf16():
+    old = gpu()
+    old.runtime.capability = (7, 5)
+    with pytest.raises(
+        ValueError, match=r"precision='bf16' needs a GPU of compute capability 8.0 .* cuda:0 has 7.5: use"
+    ):
+        gm.Network([gm.Dense(3)], n_features=2, device=old, precision="bf16")
+    network = gm.Network([gm.Dense(3)], n_features=2, device=old, precision="tf32")  # a permission
+    np.testing.assert_array_equal(network.logits(np.eye(2)), host(network, network.parameters["dense_0.W"])[0].T)

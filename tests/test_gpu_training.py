@@ -1218,3 +1218,63 @@ def test_a_fit_keeps_a_view_of_no_more_than_it_made(backend):
     fitted(net)
     assert net.flat is flat and isinstance(W, DeviceArray) and (W.get() != before).any()
     np.testing.assert_array_equal(W.get(), net.parameters["dense_0.W"].get())
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_model_that_diverges_keeps_its_running_statistics(device):
+    """It is left as it was, and that is not NaN."""
+    network = gm.Network(
+        [gm.Dense(5, "relu", norm="batch"), gm.Dense(1)],
+        n_features=2,
+        models=2,
+        seed=SEEDS[:2],
+        device=gpu() if device == "gpu" else "cpu",
+    )
+    X = np.random.default_rng(0).standard_normal((24, 2)).astype(np.float32)
+    network.parameters["dense_0.W"][1] = np.full((5, 2), np.inf)
+    with pytest.warns(UserWarning, match="the loss of model 1 is not finite at step 1"):
+        gm.Trainer(network, "squared_error", "sgd").fit(X, X[:, :1], epochs=1, batch_size=8)
+    mean, variance = (network.backend.to_numpy(network.statistics[f"dense_0.{name}"]) for name in ("mean", "variance"))
+    np.testing.assert_array_equal(mean[1], 0)
+    np.testing.assert_array_equal(variance[1], 1)
+    assert mean[0].any()
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end"])
+def test_a_callback_may_assign_to_the_parameters(hook):
+    """Products then read what was assigned, in bfloat16 too."""
+
+    class Zero(gm.Callback):
+        def act(self, trainer, *_):
+            trainer.network.flat[...] = 0
+
+    setattr(Zero, hook, Zero.act)
+    network = gm.Network([gm.Dense(5, "relu"), gm.Dense(CLASSES)], n_features=3, device=gpu(), precision="bf16")
+    X, y = np.random.default_rng(0).standard_normal((16, 3)), np.arange(16) % CLASSES
+    history = gm.Trainer(network, SOFTMAX, "sgd").fit(X, y, epochs=3, batch_size=16, callbacks=[Zero()])
+    np.testing.assert_allclose(history["loss"][1:], np.log(CLASSES), rtol=1e-2)
+
+
+def test_a_stream_is_waited_for_before_its_memory_is_given_back(monkeypatch, every_four):
+    waited, backend = [], gpu()
+    upload = backend.runtime.upload_async
+
+    def upload_async(*arguments):
+        event = upload(*arguments)
+        monkeypatch.setattr(event, "wait", lambda: waited.append(event), raising=False)
+        uploads.append(event)
+        return event
+
+    class Stop(gm.Callback):
+        def on_step_end(self, trainer, loss):
+            if trainer.position == 4:
+                raise RuntimeError("enough")
+
+    uploads: list = []
+    monkeypatch.setattr(backend.runtime, "upload_async", upload_async)
+    network = gm.Network([gm.Dense(CLASSES)], n_features=3, device=backend)
+    X, y = np.random.default_rng(0).standard_normal((64, 3)), np.arange(64) % CLASSES
+    with pytest.raises(RuntimeError, match="enough"):
+        gm.Trainer(network, SOFTMAX, "sgd").fit(X, y, batch_size=8, memory_limit=0, callbacks=[Stop()])
+    last = uploads[1::2]  # X and y travel one behind the other: who waits for y has waited for X
+    assert len(last) == 2 and {id(event) for event in last} <= {id(event) for event in waited}

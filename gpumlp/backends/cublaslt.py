@@ -38,6 +38,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[int, Any]]] = {
     "MatrixLayout": {"BATCH_COUNT": (5, ct.c_int32), "STRIDED_BATCH_OFFSET": (6, ct.c_int64)},
     "MatmulPreference": {
         "MAX_WORKSPACE_BYTES": (1, ct.c_uint64),
+        "REDUCTION_SCHEME_MASK": (3, ct.c_uint32),
         "MIN_ALIGNMENT_A_BYTES": (5, ct.c_uint32),
         "MIN_ALIGNMENT_B_BYTES": (6, ct.c_uint32),
         "MIN_ALIGNMENT_C_BYTES": (7, ct.c_uint32),
@@ -56,6 +57,9 @@ EPILOGUES = {  # (Product.epilogue, whether it has an auxiliary)
 }
 PRODUCT_TYPES = {("f32", "f32"), ("f64", "f64"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32"), ("f16", "f32")}
 INVALID_VALUE, NOT_SUPPORTED = 7, 15  # what it says of products that it does not take
+IN_COMPUTE_TYPE = (
+    2  # where a sum is split, its parts are added in float32, and not in bfloat16 where that is the output
+)
 LARGEST_ALIGNMENT = 256  # bytes; cuBLASLt asks for no more
 VECTOR_BYTES = 16  # of biases and auxiliaries; Marian (tensors/gpu/prod.cpp) saw biases off 16 bytes fail on an A100
 
@@ -233,6 +237,7 @@ class Plan:
         preference = _Descriptor(self._lt, "MatmulPreference")
         preference.set(
             MAX_WORKSPACE_BYTES=workspace_bytes,
+            REDUCTION_SCHEME_MASK=IN_COMPUTE_TYPE,
             MIN_ALIGNMENT_A_BYTES=b,
             MIN_ALIGNMENT_B_BYTES=a,
             MIN_ALIGNMENT_C_BYTES=out,

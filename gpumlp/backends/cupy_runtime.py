@@ -1,14 +1,17 @@
 """The device on a GPU: memory, kernels, matrix products and graphs through CuPy. The only file that imports cupy.
 
-All launches go to one stream of our own, in order, so that an array needs no lock and a graph records all of them; what
-``upload_async`` copies goes to a second one beside it. CuPy's own stream is neither used nor changed.
+All launches go to one stream of our own, in order, and a graph records all of them; what ``upload_async`` copies goes to a
+second one beside it. CuPy's current stream is waited for where arrays come from other libraries, and made to wait where
+they go to them. One lock stands before the streams: while a thread records a graph, what others launch would get into it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from statistics import median
 from typing import Any
@@ -27,6 +30,7 @@ GRAPH_MILLISECONDS, GRAPH_RUNS = (
     1.0,
     8,
 )  # a timed graph holds so many runs as take about this long, and no more than that
+STAGED = 1 << 22  # bytes up to which an upload goes through pinned memory, and the host does not wait for it
 CUDA_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged of DLPack
 
 
@@ -60,15 +64,23 @@ class CupyRuntime:
             self._copies = cupy.cuda.Stream(non_blocking=True)
         self._functions: dict[str, Callable] = {}  # by the name of the instance
         self._capturing = False
+        self._lock = threading.RLock()
+        self._staged: deque[tuple[Any, Any]] = deque()  # events of uploads, and the pinned memory that they read
         # One suffices: products follow each other on one stream. The sizes are those that NVIDIA recommends.
         self._workspace = self.allocate((32 if self.capability >= (9, 0) else 4) << 20)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This thread's turn at the streams of this GPU."""
+        with self._lock, self._device:
+            yield
 
     # --- memory
 
     def allocate(self, nbytes: int) -> Memory:
         self._not_while_capturing("memory is allocated")
         # On our stream: CuPy gives memory that is freed there only to allocations there, so behind what still reads it.
-        with self._device, self._stream:
+        with self._turn(), self._stream:
             try:
                 owner = self._cupy.cuda.alloc(max(nbytes, 1))  # an empty array is no null pointer: that means absent
             except MemoryError as error:
@@ -80,29 +92,38 @@ class CupyRuntime:
 
     def free_bytes(self) -> int:
         pool = self._cupy.get_default_memory_pool()
-        with self._device:
+        with self._turn():
             free = self._cuda.memGetInfo()[0] + pool.free_bytes()  # what the pool holds unused is free to us
             limit = pool.get_limit()  # 0: none
             return min(free, limit - pool.used_bytes()) if limit else free
 
     def upload(self, pointer: int, values: np.ndarray) -> None:
         self._not_while_capturing("an array is uploaded")
-        with self._device:
-            self._copy(pointer, values.ctypes.data, values.nbytes, self._cuda.memcpyHostToDevice, self._stream)
-            self._stream.synchronize()  # until then the copy may read values: always if pinned, on some machines if not
+        with self._turn():
+            if values.nbytes > STAGED:
+                self._copy(pointer, values.ctypes.data, values.nbytes, self._cuda.memcpyHostToDevice, self._stream)
+                self._stream.synchronize()  # until then the copy may read values
+                return
+            while self._staged and self._staged[0][0].done:
+                self._staged.popleft()
+            pinned = self._cupy.cuda.alloc_pinned_memory(max(values.nbytes, 1))
+            staging = np.frombuffer(pinned, np.uint8)[: values.nbytes]
+            staging[...] = values.reshape(-1).view(np.uint8)
+            self._copy(pointer, staging.ctypes.data, values.nbytes, self._cuda.memcpyHostToDevice, self._stream)
+            self._staged.append((self._stream.record(self._cupy.cuda.Event(disable_timing=True)), pinned))
 
     def download(self, pointer: int, out: np.ndarray) -> None:
         self._not_while_capturing("an array is downloaded")
-        with self._device:
+        with self._turn():
             self._copy(out.ctypes.data, pointer, out.nbytes, self._cuda.memcpyDeviceToHost, self._stream)
             self._stream.synchronize()
 
     def copy(self, to: int, pointer: int, nbytes: int) -> None:
-        with self._device:
+        with self._turn():
             self._copy(to, pointer, nbytes, self._cuda.memcpyDeviceToDevice, self._stream)
 
     def zero(self, pointer: int, nbytes: int) -> None:
-        with self._device:
+        with self._turn():
             if nbytes:
                 self._cuda.memsetAsync(pointer, 0, nbytes, self._stream.ptr)
 
@@ -113,7 +134,7 @@ class CupyRuntime:
     # --- launches
 
     def launch(self, instance: Instance, grid: tuple, block: tuple, values: list) -> None:
-        with self._device:
+        with self._turn():
             function = self._functions.get(instance.name) or self._compile(instance)
             function(grid, block, values, stream=self._stream)
 
@@ -126,25 +147,26 @@ class CupyRuntime:
         return function
 
     def product(self, product: Product) -> Callable[[], None]:
-        """``Runtime.product``. The choice of an algorithm runs several, so ``product.out`` has no meaning afterwards,
-        unless the product adds to it."""
+        """``Runtime.product``. The choice of an algorithm runs several, so ``product.out`` has no meaning afterwards."""
         self._not_while_capturing("a product is prepared")
+        if product.epilogue == "relu_bias" and not self._relu_keeps_nan:
+            raise UnsupportedProduct("this cuBLASLt's ReLU turns NaN into 0, which would hide that a training diverged")
         plan = self._lt.plan(product)
         return partial(self._multiply, plan, self._algorithm(plan))
 
     def _multiply(self, plan: Plan, algorithm: Algorithm) -> None:
-        with self._device:
+        with self._turn():
             plan.run(algorithm, self._workspace.pointer, self._workspace.nbytes, self._stream.ptr)
 
     def _algorithm(self, plan: Plan) -> Algorithm:
         known = self._tuning.get(plan.key)
         if isinstance(known, str):
-            with suppress(ValueError):  # a file in which somebody wrote something else
-                return Algorithm.from_bytes(bytes.fromhex(known))
-        with self._device:
+            with suppress(ValueError, CublasLtError):  # a file in which somebody wrote something else
+                algorithm = Algorithm.from_bytes(bytes.fromhex(known))
+                self._multiply(plan, algorithm)
+                return algorithm
+        with self._turn():
             candidates = plan.candidates(self._workspace.nbytes, CANDIDATES)
-        if plan.product.adds:  # timing would add many times over
-            return candidates[0]
         times: dict[Algorithm, float] = {}
         for algorithm in candidates:
             with suppress(CublasLtError):  # some that it offers fail when they run
@@ -154,6 +176,21 @@ class CupyRuntime:
         best = min(times, key=times.__getitem__)
         self._tuning.put(plan.key, best.to_bytes().hex())
         return best
+
+    @cached_property
+    def _relu_keeps_nan(self) -> bool:
+        """Tried once on a small product: no document says what its ReLU makes of NaN."""
+        n = 16
+        a, b, out = (DeviceArray.empty(self, (1, n, n), "f32") for _ in range(3))
+        bias = DeviceArray.empty(self, (1, n), "f32")
+        for array in (a, b, bias):
+            array[...] = 1.0
+        a[:, 0] = np.nan
+        plan = self._lt.plan(Product(a, b, out, epilogue="relu_bias", bias=bias))
+        with self._turn():
+            (algorithm, *_) = plan.candidates(self._workspace.nbytes, 1)
+        self._multiply(plan, algorithm)
+        return bool(np.isnan(out.get()[0, 0]).all())
 
     @cached_property
     def _lt(self) -> CublasLt:
@@ -193,7 +230,7 @@ class CupyRuntime:
         return median(self._elapsed(replay) for _ in range(ROUNDS)) / runs
 
     def _elapsed(self, run: Callable[[], None]) -> float:
-        with self._device:
+        with self._turn():
             begin = self._stream.record()
             run()
             end = self._stream.record()
@@ -205,7 +242,7 @@ class CupyRuntime:
     def capture(self, function: Callable[[], Any]) -> Callable[[], None]:
         """``Runtime.capture``. What ``function`` launches has run before: kernels are loaded when they first run."""
         self._not_while_capturing("another graph is captured")
-        with self._device, self._stream, self._cupy.cuda.using_allocator(_refuse):
+        with self._turn(), self._stream, self._cupy.cuda.using_allocator(_refuse):
             self._stream.begin_capture()
             self._capturing = True
             try:
@@ -221,26 +258,27 @@ class CupyRuntime:
         return partial(self._replay, graph, function)
 
     def _replay(self, graph: Any, _captured: Callable) -> None:
-        with self._device:
+        with self._turn():
             graph.launch(self._stream)
 
     def _not_while_capturing(self, what: str) -> None:
-        if self._capturing:
-            raise RuntimeError(f"{what} while a graph is captured")
+        with self._lock:  # another thread's capture ends first
+            if self._capturing:
+                raise RuntimeError(f"{what} while a graph is captured")
 
     # --- waiting, and copies beside the launches
 
     def synchronize(self) -> None:
         self._not_while_capturing("the host waits")
-        with self._device:
+        with self._turn():
             self._stream.synchronize()
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        with self._device:
+        with self._turn():
             return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8)[:nbytes]
 
     def upload_async(self, pointer: int, values: np.ndarray, after: Any) -> Any:
-        with self._device:
+        with self._turn():
             if after is not None:
                 self._copies.wait_event(after.mark)
             self._copy(pointer, values.ctypes.data, values.nbytes, self._cuda.memcpyHostToDevice, self._copies)
@@ -250,7 +288,7 @@ class CupyRuntime:
         return _Event(self, self._stream)
 
     def wait_for(self, event: Any) -> None:
-        with self._device:
+        with self._turn():
             self._stream.wait_event(event.mark)
 
     # --- arrays of other libraries
@@ -290,7 +328,7 @@ class CupyRuntime:
         return self._cuda.pointerGetAttributes(pointer).device if pointer else self._index  # an empty one has none
 
     def _cupy_view(self, array: Any) -> Any:
-        with self._device:
+        with self._turn():
             if isinstance(array, self._cupy.ndarray):
                 self._stream.wait_event(self._cupy.cuda.get_current_stream().record())
                 return array
@@ -299,15 +337,16 @@ class CupyRuntime:
                 return (self._cupy.from_dlpack if hasattr(array, "__dlpack__") else self._cupy.asarray)(array)
 
     def export(self, array: DeviceArray, like: Any) -> Any:
-        """``Runtime.export``: a PyTorch tensor for a tensor, else a CuPy array; the same memory, no copy.
+        """``Runtime.export``: a PyTorch tensor for a tensor, else a CuPy array, in memory of that library.
 
-        What is read from it through CuPy's or PyTorch's current stream waits for what is launched so far.
+        A copy: memory of our stream would be used again as soon as the answer is dropped, while the other library's stream
+        may still read it.
         """
         if array.type == "bf16":
             raise ValueError("an array of bfloat16 is not handed to other libraries: export float32")
         cupy, item = self._cupy, array.dtype.itemsize
         last = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)) if array.size else -1
-        with self._device:
+        with self._turn():
             memory = cupy.cuda.UnownedMemory(array.pointer, (last + 1) * item, array.memory, self._index)
             view = cupy.ndarray(
                 array.shape,
@@ -316,10 +355,16 @@ class CupyRuntime:
                 strides=tuple(stride * item for stride in array.strides),
             )
             if type(like).__module__.partition(".")[0] == "torch":
+                torch = sys.modules["torch"]
                 with self._stream:  # the stream that PyTorch's one is made to wait for
-                    return sys.modules["torch"].from_dlpack(view)
-            cupy.cuda.get_current_stream().wait_event(self._stream.record())
-            return view
+                    copy = torch.from_dlpack(view).clone()
+                stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self._index).cuda_stream)
+            else:
+                stream = cupy.cuda.get_current_stream()
+                stream.wait_event(self._stream.record())
+                copy = view.copy()
+            self._stream.wait_event(stream.record())
+            return copy
 
 
 class _Event:

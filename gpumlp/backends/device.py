@@ -36,12 +36,14 @@ class Memory:
 
 
 class Runtime(Protocol):
-    """A device. Everything but ``download``, ``synchronize`` and an event's ``wait`` returns at once, in one order."""
+    """A device. What is asked of it is done in order; the host waits in ``download``, ``synchronize``, an event's ``wait``,
+    and while it uploads much."""
 
     name: str  # "cupy", "emulator"
     device: str  # "cuda:0"
     description: str  # "NVIDIA H100 80GB HBM3, CUDA 13.0, CuPy 14.2.0"
     processors: int  # multiprocessors
+    capability: tuple[int, int]  # compute capability
     can_capture: bool
 
     def allocate(self, nbytes: int) -> Memory:

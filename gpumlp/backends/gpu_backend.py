@@ -1,7 +1,8 @@
 """The backend's verbs as kernel launches and matrix products, over a device (``device.Runtime``).
 
-A verb launches and returns; nothing here waits for the device except ``to_numpy`` and ``dot``. Arguments are pointers and
-sizes that stay the same from step to step, so a recorded sequence of verbs is a whole training step.
+A verb of a training step launches and returns. Arguments are pointers and sizes that stay the same from step to step, so a
+recorded sequence of verbs is a whole training step. What brings numbers to the host (``to_numpy``, ``dot``,
+``first_nonfinite``) waits for the device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ THREADS = 256  # of a block
 BLOCKS = 8  # of a grid, for each multiprocessor
 UPLOADED_AS = {"u32": np.int64, "u64": np.float64}  # types of data that no kernel gathers
 WIDENED = (*UPLOADED_AS, "bf16")  # the same of data that are on the device already
+OLDEST_BF16 = (8, 0)  # compute capability
 LOCAL_SORT = 1024  # elements that a block sorts in shared memory
 
 
@@ -66,6 +68,12 @@ class GpuBackend:
         return Draw(*(self.asarray(values.astype(np.uint64)) for values in (seeds, streams, steps)))
 
     def storage(self, dtype, precision):
+        if precision == "bf16" and self.runtime.capability < OLDEST_BF16:
+            has = ".".join(map(str, self.runtime.capability))
+            raise ValueError(
+                f"precision='bf16' needs a GPU of compute capability 8.0 (Ampere) or later; {self.device} has {has}: "
+                "use precision='float32'"
+            )
         return "bf16" if precision == "bf16" else dtype
 
     def data(self, values: Any) -> DeviceArray:

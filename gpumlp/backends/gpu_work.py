@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 WARP = 32  # threads
 PARTIALS = 64  # sums of a long vector that are made at a time, and then added in order
 LARGEST_GRID = 65_535  # in y and z
-EPILOGUES = {
-    "identity": "bias",
-    "relu": "relu_bias",
-    "gelu_tanh": "gelu_bias",
-}  # activations that a product can end with
+# Activations that a product can end with.
+EPILOGUES = {"identity": "bias", "relu": "relu_bias", "gelu_tanh": "gelu_bias"}
 
 
 @dataclass(slots=True)
@@ -70,15 +67,16 @@ class DenseWork:
         if f.name not in ACTIVATIONS:
             raise ValueError(f"activation {f.name!r} is not in gpumlp's table and has no kernel: use device='cpu'")
         self.row, self.alpha = list(ACTIVATIONS).index(f.name), 0.0 if f.alpha is None else float(f.alpha)
-        tf32 = dense.tf32
+        tf32 = dense.tf32 and runtime.capability >= (8, 0)  # a permission: older GPUs have none
         models, batch, units = dense.z.shape
         W_T = dense.W.swapaxes(1, 2)
         x = dense.x
         self.forward = [runtime.product(Product(x, W_T, dense.z, tf32=tf32))]  # z = x W.T: (models, batch, fan_out)
         self.way = self.backward_way = 0
         ending = EPILOGUES.get(f.name)
-        key = f"{dense.z.type} {x.shape} {dense.W.shape} {f.name}"
-        if ending and dense.working_b is not None and dense.before is None:
+        key = f"{dense.z.type}{' tf32' * tf32} {x.shape} {x.strides} {dense.W.shape} {dense.W.strides} {f.name}"
+        # Own kernels drop out in the pass that adds the bias; behind an epilogue that would be one more.
+        if ending and dense.working_b is not None and dense.before is None and dense.dropout is None:
             auxiliary = dense.z if ending == "gelu_bias" else None
             product = Product(x, W_T, dense.a, False, ending, dense.working_b, auxiliary, tf32)
             self.way = _choose(runtime, f"forward {key}", self.forward, product, lambda: backend.activate(

@@ -273,8 +273,9 @@ def norm_forward(norm: Norm, training: bool, update_running: bool) -> None:
         variance = np.square(norm.x_hat).mean(axis=over, keepdims=True)
         n = norm.x.shape[1]
         if norm.kind == "batch" and update_running and n > 1:  # one row alone has no variance to learn from
-            _move(norm.running_mean, mean[:, 0])
-            _move(norm.running_variance, variance[:, 0] * (n / (n - 1)))
+            moves = np.isfinite(mean[:, 0]) & np.isfinite(variance[:, 0])  # a model that diverges is left as it was
+            _move(norm.running_mean, mean[:, 0], moves)
+            _move(norm.running_variance, variance[:, 0] * (n / (n - 1)), moves)
     np.add(variance, EPSILON, out=norm.inverse_std)
     np.sqrt(norm.inverse_std, out=norm.inverse_std)
     np.divide(1, norm.inverse_std, out=norm.inverse_std)
@@ -296,7 +297,7 @@ def norm_backward(norm: Norm) -> None:
     np.multiply(d, norm.inverse_std, out=d)
 
 
-def _move(running: Any, value: np.ndarray) -> None:
-    """running ← (1 - MOMENTUM) running + MOMENTUM value, in place."""
-    np.multiply(running, 1 - MOMENTUM, out=running)
-    np.add(running, MOMENTUM * value, out=running)
+def _move(running: Any, value: np.ndarray, moves: np.ndarray) -> None:
+    """running ← (1 - MOMENTUM) running + MOMENTUM value where it moves, in place."""
+    np.multiply(running, 1 - MOMENTUM, out=running, where=moves)
+    np.add(running, MOMENTUM * value, out=running, where=moves)

@@ -64,6 +64,7 @@ class EmulatedRuntime:
         prefer: int = 0,
         sanitize: bool | None = None,
     ) -> None:
+        self.capability = (9, 0)
         self.schedule, self.memory, self.processors, self.can_capture = schedule, memory, processors, can_capture
         self.epilogues, self.prefer = epilogues, prefer
         self.sanitize = build.sanitizes() if sanitize is None else sanitize

@@ -144,6 +144,26 @@ def reference(product, host):
     return {"out": z}
 
 
+@pytest.mark.parametrize("epilogue", ["bias", "relu_bias", "gelu_bias"])
+def test_nan_goes_through_an_epilogue(runtime, epilogue):
+    """Or the runtime refuses the epilogue: a training that diverges has to show."""
+    host = {"a": np.ones((1, 16, 16), np.float32), "b": np.ones((1, 16, 16), np.float32)}
+    host["a"][0, 3] = np.nan
+    held = {name: DeviceArray.empty(runtime, values.shape, "f32") for name, values in host.items()}
+    for name, values in host.items():
+        held[name][...] = values
+    held |= {"out": DeviceArray.empty(runtime, (1, 16, 16), "f32"), "bias": DeviceArray.empty(runtime, (1, 16), "f32")}
+    held["bias"][...] = 1.0
+    if epilogue == "gelu_bias":
+        held["auxiliary"] = DeviceArray.empty(runtime, (1, 16, 16), "f32")
+    try:
+        runtime.product(Product(**held, epilogue=epilogue))()
+    except ValueError as error:
+        pytest.skip(str(error))
+    out = held["out"].get()[0]
+    assert np.isnan(out[3]).all() and np.isfinite(np.delete(out, 3, axis=0)).all()
+
+
 @pytest.mark.parametrize("epilogue", ["", "adds", "bias", "relu_bias", "gelu_bias", "bias_gradient"])
 @pytest.mark.parametrize("type", TOLERANCE)
 @pytest.mark.parametrize("models, m, k, n", [(1, 40, 24, 56), (3, 40, 24, 56), (2, 128, 33, 10), (1, 7, 5, 1)])

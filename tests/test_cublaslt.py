@@ -490,6 +490,7 @@ def test_candidates(lt, monkeypatch):
     assert algorithms == [Algorithm(np.uint64([1] * 8).tobytes(), 0), Algorithm(np.uint64([3] * 8).tobytes(), 200)]
     assert stub.told == {
         "MAX_WORKSPACE_BYTES": 32 << 20,
+        "REDUCTION_SCHEME_MASK": 2,
         "MIN_ALIGNMENT_A_BYTES": 256,
         "MIN_ALIGNMENT_B_BYTES": 128,
         "MIN_ALIGNMENT_C_BYTES": 16,

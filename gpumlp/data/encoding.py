@@ -1,0 +1,792 @@
+"""Tables as people keep them, numbers beside categories and missing cells, as the numbers that a network reads.
+
+What `TableEncoder.fit` learns is plain data, a configuration and arrays, so that a model file can hold it. A category
+is known by its text without surrounding spaces (1, 1.0 and "1" are the same one): a network trained on a data frame
+then understands the rows of a CSV file.
+"""
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
+from numbers import Number
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from .table import Table, is_number
+
+MISSING = ("", "?")  # texts, without surrounding spaces, that stand for a missing cell
+MAX_CATEGORIES = 1_000_000
+MAX_QUANTILES = 1000
+IMPUTATIONS = ("median", "mean")
+SCALINGS = (None, "standard", "robust", "quantile")
+OPTIONS = ("categorical_features", "one_hot_limit", "impute", "scaling")
+LARGEST = float(np.finfo(np.float32).max)
+TINY = float(np.finfo(np.float32).tiny)  # a spread below this is none: 1/spread would overflow float32
+ROUNDING = 1e-12  # nor is one below this part of the values: that is float64's rounding of the sums
+CONTAINERS = (list, tuple, dict, set, np.ndarray)
+TABLES = "a pandas, polars or pyarrow table, a dict of columns, a Table of text, or an array (samples, features)"
+SHOWN = 8  # at most so many names in a message
+
+
+@dataclass(frozen=True)
+class EncodedTable:
+    """What a network reads.
+
+    Fields:
+        X: (n, width) float32: numbers, indicators of missing cells, one-hot categories.
+        codes: (n, coded columns) int32: for each column of many categories which one, 0 for one never seen in `fit`;
+            a table of embeddings has `TableEncoder.code_sizes` rows for it.
+    """
+
+    X: np.ndarray
+    codes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class NumberColumn:
+    """x → (x - shift) · scale, or through quantiles; missing cells become `fill` first.
+
+    Fields:
+        missing: how many cells were missing in `fit`; where there were any, an indicator stands behind the number.
+        quantiles, scores: (q,) float64, ascending: the values of the column and the normal scores that they go to.
+    """
+
+    name: str | None
+    missing: int
+    fill: float
+    shift: float = 0.0
+    scale: float = 1.0
+    quantiles: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        return 1 + (self.missing > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class CategoryColumn:
+    """Category i of `words` has code i + 1, a missing cell the code after them; code 0 is everything else.
+
+    Fields:
+        missing: how many cells were missing in `fit`; where there were none, a missing cell has code 0.
+        words: the categories' texts, ascending.
+        coded: passed on as codes instead of one-hot.
+    """
+
+    name: str | None
+    missing: int
+    words: tuple[str, ...]
+    coded: bool
+
+    @property
+    def n_codes(self) -> int:
+        return 1 + len(self.words) + (self.missing > 0)
+
+    @property
+    def width(self) -> int:
+        return 0 if self.coded else self.n_codes - 1
+
+
+class TableEncoder:
+    """Learns in `fit` how a table's columns become numbers, and does it in `transform`.
+
+    Numbers: missing cells become the median (or mean), with an indicator column where `fit` saw any; then scaling.
+    Categories: one-hot or, where there are many, integer codes for embeddings; missing cells are a category of their
+    own where `fit` saw any. A category that `fit` did not see becomes all zeros, or code 0.
+    Missing are None, NaN, pandas' NA and NaT, masked Arrow cells, and texts that are empty or "?".
+
+    Arguments:
+        categorical_features: "auto": text, bools, categorical dtypes, and objects that are not all numbers; or the names
+            or positions of the columns; None for none. Text without a type (from a CSV file or a NumPy array of text) is
+            a number where every cell is one.
+        one_hot_limit: a column with more categories than this, a missing cell counted as one, becomes codes.
+        impute: "median" or "mean".
+        scaling: of numbers:
+            - None;
+            - "standard": (x - mean) / standard deviation;
+            - "robust": (x - median) / (75 % - 25 % quantile), or by the standard deviation where these are equal;
+            - "quantile": to a normal distribution, piecewise linear through up to 1,000 quantiles and constant beyond
+              the smallest and largest: outliers lose their leverage.
+
+    Fields: `columns`, a `NumberColumn` or `CategoryColumn` for each column of the table; None before `fit`.
+
+    Raises: ValueError for an option that is not among these.
+    """
+
+    def __init__(
+        self,
+        *,
+        categorical_features: Literal["auto"] | Sequence[str | int] | None = "auto",
+        one_hot_limit: int = 64,
+        impute: str = "median",
+        scaling: str | None = "standard",
+    ) -> None:
+        if impute not in IMPUTATIONS:
+            raise ValueError(f"impute is {impute!r}; it must be 'median' or 'mean'")
+        if scaling not in SCALINGS:
+            raise ValueError(f"scaling is {scaling!r}; it must be None, 'standard', 'robust' or 'quantile'")
+        if isinstance(one_hot_limit, bool) or not isinstance(one_hot_limit, int | np.integer) or one_hot_limit < 0:
+            raise ValueError(f"one_hot_limit is {one_hot_limit!r}; it must be a whole number, at least 0")
+        self.categorical_features = _plain_choice(categorical_features)
+        self.one_hot_limit, self.impute, self.scaling = int(one_hot_limit), impute, scaling
+        self.columns: list[NumberColumn | CategoryColumn] | None = None
+
+    # learning and applying
+
+    def fit(self, table: Any, rows: np.ndarray | None = None) -> "TableEncoder":
+        """Learn categories, fills and scales; returns the encoder itself.
+
+        Arguments:
+            table: a pandas, polars or pyarrow table, a dict of columns, a `Table` whose columns were all read as text,
+                a NumPy array (n, columns) of numbers, text or objects, or a list of rows.
+            rows: (n,) indices of the training rows, or a bool mask; None takes all. What held-out rows hold must not
+                be learned. Whether a column is a number or a category is seen from all rows.
+
+        Raises:
+            TypeError: not a table, or cells that are lists, dates or complex numbers.
+            ValueError: no rows or columns, names that repeat, columns of different lengths, a number that is infinite
+                or beyond float32, a number column with other text in it, more than a million categories; the message
+                names the column, and the row where there is one (from 0).
+        """
+        names, raw = _open(table)
+        cells = _all_cells(names, raw)
+        chosen = self._chosen(names, len(cells))
+        use = slice(None) if rows is None else np.asarray(rows)
+        if rows is not None and len(cells[0].values[use]) == 0:
+            raise ValueError("rows chooses no rows; the encoder needs at least one")
+        columns: list[NumberColumn | CategoryColumn] = []
+        for position, column in enumerate(cells):
+            label, name = _label(names, position), names[position] if names else None
+            categorical = _is_category(column, label) if chosen is None else position in chosen
+            if categorical:
+                columns.append(_learn_category(name, column, use, label, self.one_hot_limit))
+            else:
+                columns.append(_learn_number(name, _numbers(column, label)[use], self.impute, self.scaling))
+        self.columns = columns  # at the end: a fit that fails leaves the encoder as it was
+        return self
+
+    def transform(self, table: Any) -> EncodedTable:
+        """Encode a table; see `EncodedTable`.
+
+        Where `fit` saw names, columns are taken by name and others are ignored; a nameless array must have as many
+        columns as `fit` saw.
+
+        Raises: RuntimeError before `fit`; TypeError and ValueError as `fit`; ValueError naming the columns that are not
+            there.
+        """
+        columns = self._fitted()
+        names, raw = self._in_order(*_open(table))  # before cells are looked at: what is ignored may hold anything
+        cells = _all_cells(names, raw)
+        X = np.zeros((len(cells[0].values), self.width), dtype=np.float32)
+        codes = np.empty((len(X), len(self.code_names)), dtype=np.int32)
+        start = coded = 0
+        for position, (column, values) in enumerate(zip(columns, cells, strict=True)):
+            label, out = _label(names, position), X[:, start : start + column.width]
+            if isinstance(column, NumberColumn):
+                _encode_number(column, _numbers(values, label), label, out)
+            elif column.coded:
+                codes[:, coded] = _codes(column, values, label)
+                coded += 1
+            else:
+                code = _codes(column, values, label)
+                seen = np.flatnonzero(code)
+                out[seen, code[seen] - 1] = 1.0
+            start += column.width
+        return EncodedTable(X, codes)
+
+    # what was learned
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """The names of the columns that `fit` saw, None where they had none."""
+        names = [column.name for column in self._fitted()]
+        return None if names[0] is None else [str(name) for name in names]
+
+    @property
+    def width(self) -> int:
+        """Columns of `EncodedTable.X`."""
+        return sum(column.width for column in self._fitted())
+
+    @property
+    def output_names(self) -> list[str]:
+        """A name for each column of `EncodedTable.X`: "age", "age missing", "sex=Male"."""
+        found: list[str] = []
+        for position, column in enumerate(self._fitted()):
+            name = _name(column, position)
+            missing = [f"{name} missing"] if column.missing else []
+            if isinstance(column, NumberColumn):
+                found += [name, *missing]
+            elif not column.coded:
+                found += [*(f"{name}={word}" for word in column.words), *missing]
+        return found
+
+    @property
+    def code_names(self) -> list[str]:
+        """The columns that become codes, in the order of `EncodedTable.codes`."""
+        return [_name(column, position) for position, column in enumerate(self._fitted()) if _is_coded(column)]
+
+    @property
+    def code_sizes(self) -> list[int]:
+        """For each coded column the number of its codes, code 0 included."""
+        return [column.n_codes for column in self._fitted() if isinstance(column, CategoryColumn) and column.coded]
+
+    def report(self) -> str:
+        """A line for each column: what was inferred, and what becomes of it."""
+        columns = self._fitted()
+        labels = [_name(column, position) for position, column in enumerate(columns)]
+        wide = min(max(map(len, labels)), 30)
+        return "\n".join(f"{label:<{wide}}  {self._line(c)}" for label, c in zip(labels, columns, strict=True))
+
+    def _line(self, column: NumberColumn | CategoryColumn) -> str:
+        if isinstance(column, NumberColumn):
+            line = "number" if self.scaling is None else f"number, {self.scaling} scaling"
+            if column.missing:
+                line += f"; {_counted(column.missing, 'missing cell')} filled with {column.fill:g}, and an indicator"
+            return line
+        line = _counted(len(column.words), "category", "categories")
+        line += f", as codes 0 to {column.n_codes - 1:,}" if column.coded else ", one-hot"
+        if column.missing:
+            line += f"; {_counted(column.missing, 'missing cell')}, a category of their own"
+        others = [word for word in column.words if not is_number(word)]
+        if 0 < len(others) < len(column.words) / 2:  # perhaps a slip in a column of numbers
+            line += f"; all but {len(others):,} of them are numbers ({_listed(others, 3)} is not)"
+        return line
+
+    # as plain data
+
+    def describe(self) -> dict[str, Any]:
+        """All that was learned, as far as JSON can hold it; the rest is in `tensors`."""
+        columns = [_describe_column(column) for column in self._fitted()]
+        learned = self.tensors()
+        return {
+            **{option: getattr(self, option) for option in OPTIONS},
+            "n_quantiles": learned["quantiles"].shape[1] if "quantiles" in learned else 0,
+            "n_word_bytes": len(learned["words"]) if "words" in learned else 0,
+            "columns": columns,
+        }
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The arrays that were learned, those of no elements left out; `tensor_forms` tells their dtypes and shapes.
+
+        Returns:
+            numbers: (number columns, 3) float64: fill, shift and scale.
+            quantiles, scores: (number columns, q) float64, with scaling "quantile".
+            words: (bytes,) uint8: the texts of all categories in UTF-8, one behind the other.
+            word_ends: (categories,) int64: where in `words` each ends.
+        """
+        columns = self._fitted()
+        numbers = [column for column in columns if isinstance(column, NumberColumn)]
+        words = [
+            word.encode("utf-8", "surrogatepass") for c in columns if isinstance(c, CategoryColumn) for word in c.words
+        ]
+        found: dict[str, np.ndarray] = {}
+        if numbers:
+            found["numbers"] = np.array([(c.fill, c.shift, c.scale) for c in numbers])
+        if numbers and self.scaling == "quantile":
+            found["quantiles"] = np.array([column.quantiles for column in numbers])
+            found["scores"] = np.array([column.scores for column in numbers])
+        if words:
+            found["words"] = np.frombuffer(b"".join(words), np.uint8).copy()
+            found["word_ends"] = np.cumsum([len(word) for word in words], dtype=np.int64)
+        return found
+
+    @classmethod
+    def from_description(cls, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> "TableEncoder":
+        """The encoder that `describe` and `tensors` came from.
+
+        Raises: ValueError for a configuration that no encoder writes, and tensors that do not belong to it.
+        """
+        forms = tensor_forms(config)
+        there = {name: (values.dtype, values.shape) for name, values in tensors.items()}
+        if there != forms:
+            raise ValueError(f"a table encoder with the tensors {there}; its configuration describes {forms}")
+        _check_learned(tensors)
+        encoder = cls(**{option: config[option] for option in OPTIONS})
+        texts = iter(_texts(tensors))
+        numbers = iter(range(len(tensors.get("numbers", ()))))
+        columns: list[NumberColumn | CategoryColumn] = []
+        for entry in config["columns"]:
+            name, missing = entry.get("name"), entry["missing"]
+            if entry["kind"] == "number":
+                row = next(numbers)
+                spread = [tensors[key][row].copy() for key in ("quantiles", "scores") if key in tensors]
+                columns.append(NumberColumn(name, missing, *tensors["numbers"][row].tolist(), *spread))
+                continue
+            words = tuple(next(texts) for _ in range(entry["words"]))
+            if any(a >= b for a, b in pairwise(words)):
+                raise ValueError(f"a table encoder whose categories of {name!r} are not in ascending order")
+            columns.append(CategoryColumn(name, missing, words, entry["kind"] == "codes"))
+        encoder.columns = columns
+        return encoder
+
+    # details
+
+    def _fitted(self) -> list[NumberColumn | CategoryColumn]:
+        if self.columns is None:
+            raise RuntimeError("the encoder has learned nothing yet; call fit first")
+        return self.columns
+
+    def _chosen(self, names: list[str] | None, n_columns: int) -> set[int] | None:
+        """The positions of the categorical columns; None where each column is to be looked at."""
+        if self.categorical_features == "auto":
+            return None
+        found = set()
+        for feature in self.categorical_features or ():
+            if isinstance(feature, str):
+                if names is None or feature not in names:
+                    there = f"its columns are {_listed(names)}" if names else "its columns have no names; use positions"
+                    raise ValueError(f"categorical_features names {feature!r}, which the table does not have; {there}")
+                found.add(names.index(feature))
+            elif 0 <= feature < n_columns:
+                found.add(feature)
+            else:
+                raise ValueError(f"categorical_features has {feature}; positions go from 0 to {n_columns - 1}")
+        return found
+
+    def _in_order(self, names: list[str] | None, raw: list[Any]) -> tuple[list[str] | None, list[Any]]:
+        """The columns that `fit` saw, in its order."""
+        expected = self.feature_names
+        if expected is not None and names is not None:
+            place = {name: position for position, name in enumerate(names)}
+            lacking = [name for name in expected if name not in place]
+            if lacking:
+                raise ValueError(f"the table lacks the columns {_listed(lacking)}; its columns are {_listed(names)}")
+            return expected, [raw[place[name]] for name in expected]
+        if len(raw) != len(self._fitted()):
+            raise ValueError(
+                f"the table has {len(raw)} columns, the encoder was fitted to {len(self._fitted())}; "
+                "without names in both their number must be the same"
+            )
+        return names, raw
+
+
+def tensor_forms(config: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor that belongs to a configuration of `TableEncoder.describe`.
+
+    Raises: ValueError for a configuration that no encoder writes.
+    """
+    try:
+        entries, _ = config["columns"], [config[option] for option in OPTIONS]
+        numbers = sum(entry["kind"] == "number" for entry in entries)
+        words = sum(_count(entry["words"]) for entry in entries if entry["kind"] != "number")
+        n_quantiles, n_bytes = _count(config["n_quantiles"]), _count(config["n_word_bytes"])
+        named = {isinstance(entry.get("name"), str) for entry in entries}
+        sound = all(
+            entry["kind"] in ("number", "one-hot", "codes") and _count(entry["missing"]) >= 0 for entry in entries
+        )
+        sound &= len(named) == 1 and all(entry.get("name", "") is not None for entry in entries)
+        sound &= all(entry.get("words", 0) <= MAX_CATEGORIES for entry in entries)
+        sound &= (n_quantiles > 0) == (numbers > 0 and config["scaling"] == "quantile") and n_quantiles <= MAX_QUANTILES
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a table encoder's configuration: {type(error).__name__}: {error}") from error
+    if not sound:
+        raise ValueError("not a table encoder's configuration: its columns do not fit together")
+    forms: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    if numbers:
+        forms["numbers"] = np.dtype(np.float64), (numbers, 3)
+    if n_quantiles:
+        forms["quantiles"] = forms["scores"] = np.dtype(np.float64), (numbers, n_quantiles)
+    if words:
+        forms |= {"words": (np.dtype(np.uint8), (n_bytes,)), "word_ends": (np.dtype(np.int64), (words,))}
+    return forms
+
+
+# numbers
+
+
+def _learn_number(name: str | None, values: np.ndarray, impute: str, scaling: str | None) -> NumberColumn:
+    """values: (n,) float64, NaN for missing."""
+    present = values[~np.isnan(values)]
+    missing = len(values) - len(present)
+    if not len(present):
+        present = np.zeros(1)
+    fill = float(np.median(present) if impute == "median" else present.mean())
+    if scaling == "quantile":
+        return NumberColumn(name, missing, fill, 0.0, 1.0, *_normal_scores(present, min(MAX_QUANTILES, len(values))))
+    shift, scale = _shift_and_scale(present, scaling)
+    return NumberColumn(name, missing, fill, shift, scale)
+
+
+def _shift_and_scale(values: np.ndarray, scaling: str | None) -> tuple[float, float]:
+    if scaling is None:
+        return 0.0, 1.0
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    shift, spread = (median, high - low) if scaling == "robust" else (values.mean(), 0.0)
+    least = max(TINY, ROUNDING * float(np.abs(values).max()))
+    if spread <= least:
+        spread = values.std()
+    if spread <= least:
+        return float(median), 1.0  # constant: exactly 0, where the mean may miss the constant by a rounding
+    return float(shift), 1.0 / float(spread)
+
+
+def _normal_scores(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles of the values and the normal scores of their ranks, each (count,).
+
+    A value that fills several quantiles gets the score of the middle of its ranks. The ends are half a quantile inside
+    0 and 1: ±3.29 with 1,000 quantiles.
+    """
+    ranks = np.linspace(0.0, 1.0, count)
+    quantiles = np.maximum.accumulate(np.quantile(values, ranks))  # interpolation may round a tie downwards
+    first = ranks[np.searchsorted(quantiles, quantiles, "left")]
+    last = ranks[np.searchsorted(quantiles, quantiles, "right") - 1]
+    middle = np.clip((first + last) / 2, 0.5 / count, 1.0 - 0.5 / count)
+    return quantiles, np.array([NormalDist().inv_cdf(rank) for rank in middle.tolist()])
+
+
+def _encode_number(column: NumberColumn, values: np.ndarray, label: str, out: np.ndarray) -> None:
+    absent = np.isnan(values)
+    values[absent] = column.fill
+    if column.quantiles is None or column.scores is None:
+        scaled = (values - column.shift) * column.scale
+    else:
+        scaled = np.interp(values, column.quantiles, column.scores)
+    beyond = np.abs(scaled) > LARGEST
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        raise ValueError(f"{label}, row {row}: {values[row]:g} is beyond float32 once scaled; correct the cell")
+    out[:, 0] = scaled
+    if column.missing:
+        out[:, 1] = absent
+
+
+# categories
+
+
+def _learn_category(name: str | None, cells: "_Cells", use: Any, label: str, one_hot_limit: int) -> CategoryColumn:
+    codes, texts = _factorize(cells, label)
+    counts = np.bincount(codes[use], minlength=len(texts)).tolist()
+    words = {text for text, count in zip(texts, counts, strict=True) if count and text is not None}
+    missing = sum(count for text, count in zip(texts, counts, strict=True) if text is None)
+    if len(words) > MAX_CATEGORIES:
+        raise ValueError(
+            f"{label} has {len(words):,} categories, at most {MAX_CATEGORIES:,} are allowed; leave the column out "
+            "(an identifier says nothing about new rows), or make it numbers"
+        )
+    return CategoryColumn(name, missing, tuple(sorted(words)), len(words) + (missing > 0) > one_hot_limit)
+
+
+def _codes(column: CategoryColumn, cells: "_Cells", label: str) -> np.ndarray:
+    """(n,) int32"""
+    place: dict[str | None, int] = {word: code for code, word in enumerate(column.words, start=1)}
+    if column.missing:
+        place[None] = column.n_codes - 1
+    codes, texts = _factorize(cells, label)
+    return np.array([place.get(text, 0) for text in texts], dtype=np.int32)[codes]
+
+
+def _factorize(cells: "_Cells", label: str) -> tuple[np.ndarray, list[str | None]]:
+    """(n,) positions in a list of texts, in which None is a missing cell; a text may stand there twice."""
+    if cells.values.dtype.kind in "biuf":
+        different, codes = np.unique(cells.values, return_inverse=True)
+        return codes.reshape(-1), [_text(value) for value in different]
+    values = cells.values.tolist()
+    if len(_kinds(values, label)) > 1:
+        values = list(map(_text, values))  # 1 == True: which of the two a dict keeps would depend on the rows' order
+    index: dict[Any, int] = {}
+    codes = np.fromiter((index.setdefault(value, len(index)) for value in values), np.int64, len(values))
+    return codes, [_text(value) for value in index]
+
+
+def _text(cell: Any) -> str | None:
+    """What a category is known by; None for a missing cell."""
+    if _is_missing(cell):
+        return None
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "replace")
+    if isinstance(cell, str):
+        return cell.strip()
+    if isinstance(cell, float | np.floating | Decimal) and abs(float(cell)) < 2**53 and float(cell).is_integer():
+        return str(int(cell))  # 3.0 is what becomes of a column of integers with missing cells
+    return str(cell)
+
+
+# cells
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A column as it came: (n,) values of any dtype, and what its source says about them."""
+
+    values: np.ndarray
+    categorical: bool = False  # by its dtype
+    untyped: bool = False  # text from a source that holds nothing else
+
+
+def _is_missing(cell: Any) -> bool:
+    if isinstance(cell, str | bytes):
+        cell = cell if isinstance(cell, str) else cell.decode("utf-8", "replace")
+        return cell.strip() in MISSING
+    if isinstance(cell, float | np.floating | Decimal):
+        return bool(cell != cell)
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType")  # pandas', without importing it
+
+
+def _kinds(cells: Iterable[Any], label: str) -> set[type]:
+    """The types of the cells that are not missing. Raises TypeError for types that mean neither number nor category."""
+    kinds = {type(cell) for cell in cells if not _is_missing(cell)}
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        if issubclass(kind, datetime.date | datetime.time | datetime.timedelta | np.datetime64 | np.timedelta64):
+            raise TypeError(f"{label} holds dates or times ({kind.__name__}); {_DATES}")
+        if issubclass(kind, complex | np.complexfloating) or issubclass(kind, CONTAINERS):
+            raise TypeError(f"{label} holds cells of type {kind.__name__}; a cell must be a number, a text or a bool")
+    return kinds
+
+
+_DATES = "make numbers of them (year, weekday, days since a date), or text to have categories"
+
+
+def _is_category(cells: _Cells, label: str) -> bool:
+    """What "auto" says about a column. One with no cells but missing ones is a category, unless its dtype is a number."""
+    kind = cells.values.dtype.kind
+    if cells.categorical or kind in "biuf":
+        return cells.categorical or kind == "b"
+    values = cells.values.tolist()
+    if cells.untyped:
+        words = {text for text in map(_text, values) if text is not None}
+        return not words or not all(map(is_number, words))
+    kinds = _kinds(values, label)
+    return not kinds or not all(issubclass(kind, Number) and kind not in (bool, np.bool_) for kind in kinds)
+
+
+def _numbers(cells: _Cells, label: str) -> np.ndarray:
+    """(n,) float64 of our own, NaN for missing."""
+    if cells.values.dtype.kind in "biuf":
+        values = cells.values.astype(np.float64)
+    else:
+        given = cells.values.tolist()
+        _kinds(given, label)
+        try:
+            values = np.fromiter(map(_number, given), np.float64, len(given))
+        except (ValueError, TypeError, OverflowError):
+            row = next(row for row, cell in enumerate(given) if not _is_numeric(cell))
+            raise ValueError(
+                f"{label}, row {row}: {given[row]!r} is not a number; correct the cell, or name the column in "
+                "categorical_features"
+            ) from None
+    beyond = np.abs(values) > LARGEST
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        fault = "is infinite" if np.isinf(values[row]) else "is too large for float32"
+        raise ValueError(f"{label}, row {row}: {values[row]:g} {fault}; correct the cell, or make it missing (NaN)")
+    return values
+
+
+def _number(cell: Any) -> float:
+    if _is_missing(cell):
+        return float("nan")
+    if isinstance(cell, str) and "_" in cell:  # Python's own writing, which no table means as a number
+        raise ValueError(cell)
+    return float(cell)
+
+
+def _is_numeric(cell: Any) -> bool:
+    try:
+        _number(cell)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+# tables
+
+
+def _all_cells(names: list[str] | None, columns: list[Any]) -> list[_Cells]:
+    if not columns:
+        raise ValueError("the table has no columns; at least one is needed")
+    cells = [_cells(column, _label(names, position)) for position, column in enumerate(columns)]
+    lengths = [len(column.values) for column in cells]
+    if len(set(lengths)) > 1:
+        other = next(position for position, length in enumerate(lengths) if length != lengths[0])
+        raise ValueError(
+            f"{_label(names, 0)} has {lengths[0]} cells, {_label(names, other)} has {lengths[other]}; "
+            "all columns of a table must have the same number"
+        )
+    if not lengths[0]:
+        raise ValueError("the table has no rows; at least one is needed")
+    return cells
+
+
+def _open(table: Any) -> tuple[list[str] | None, list[Any]]:
+    """Names (None where there are none) and columns, as they are, of a table of any kind."""
+    if isinstance(table, Table):
+        if table.numbers.shape[1]:
+            raise ValueError(
+                f"the Table has {table.numbers.shape[1]} columns of numbers, whose names it does not know; "
+                "read all its columns as text, read_table(path, [], names): the encoder finds the numbers"
+            )
+        return _names(list(table.text), ([_Cells(_objects(cells), untyped=True) for cells in table.text.values()]))
+    if isinstance(table, Mapping):
+        return _names(list(table), list(table.values()))
+    home = _home(table)
+    if home == "pandas" and hasattr(table, "columns"):
+        return _names(list(table.columns), [table.iloc[:, position] for position in range(table.shape[1])])
+    if home == "polars" and hasattr(table, "get_columns"):
+        return _names(list(table.columns), list(table.get_columns()))
+    if home == "pyarrow" and hasattr(table, "itercolumns"):
+        return _names(list(table.schema.names), list(table.itercolumns()))
+    if isinstance(table, np.ma.MaskedArray):
+        raise TypeError("the table is a masked array; pass table.astype(float).filled(numpy.nan)")
+    if isinstance(table, list | tuple):
+        table = _objects(table)
+    if not isinstance(table, np.ndarray):
+        raise TypeError(f"the table is a {type(table).__name__}; expected {TABLES}")
+    if table.ndim != 2:
+        raise ValueError(f"the table has shape {table.shape}; expected (samples, features)")
+    untyped = table.dtype.kind in "UST"
+    return None, [_Cells(_unpacked(table[:, column]), untyped=untyped) for column in range(table.shape[1])]
+
+
+def _names(names: list[Any], columns: list[Any]) -> tuple[list[str] | None, list[Any]]:
+    """Names that are all text name the columns; none that is (pandas numbers nameless columns), and they have none."""
+    text = [str(name) for name in names if isinstance(name, str)]
+    if not text:
+        return None, columns
+    if len(text) < len(names):
+        other = next(name for name in names if not isinstance(name, str))
+        raise ValueError(f"the column name {other!r} is not text, others are; make all names text")
+    if len(set(text)) < len(text):
+        raise ValueError(f"two columns are named {next(name for name in text if text.count(name) > 1)!r}; rename one")
+    return text, columns
+
+
+def _cells(column: Any, label: str) -> _Cells:
+    """A column of any table, or of a dict, as an array."""
+    if isinstance(column, _Cells):
+        found = column
+    else:
+        home = _home(column)
+        if home == "pandas" and hasattr(column, "to_numpy"):
+            found = _pandas_cells(column)
+        elif home == "polars" and hasattr(column, "to_numpy"):
+            found = _Cells(column.to_numpy())
+        elif home == "pyarrow" and hasattr(column, "to_numpy"):
+            found = _arrow_cells(column)
+        elif isinstance(column, np.ndarray) and not isinstance(column, np.ma.MaskedArray):
+            found = _Cells(_unpacked(column))
+        elif isinstance(column, list | tuple):
+            found = _Cells(_objects(column))
+        else:
+            raise TypeError(f"{label} is a {type(column).__name__}; expected an array, a list or a series")
+    if found.values.ndim != 1:
+        raise ValueError(f"{label} has shape {found.values.shape}; a column must be one-dimensional")
+    kind = found.values.dtype.kind
+    if kind in "Mm":
+        raise TypeError(f"{label} holds dates or times ({found.values.dtype}); {_DATES}")
+    if kind not in "biufOUT":
+        raise TypeError(f"{label} has dtype {found.values.dtype}; expected numbers, text, bools or objects")
+    return found
+
+
+def _pandas_cells(series: Any) -> _Cells:
+    if str(series.dtype) == "category":
+        return _Cells(np.asarray(series), categorical=True)
+    if not isinstance(series.dtype, np.dtype) and series.dtype.kind in "iuf":
+        return _Cells(series.to_numpy(dtype=np.float64, na_value=np.nan))  # NA has no place in NumPy's integers
+    return _Cells(series.to_numpy())
+
+
+def _arrow_cells(column: Any) -> _Cells:
+    categorical = hasattr(column.type, "value_type") and hasattr(column.type, "index_type")
+    if categorical:
+        column = column.cast(column.type.value_type)  # a dictionary's own to_numpy gives wrong cells for missing ones
+    chunked = hasattr(column, "num_chunks")  # the one of two kinds of column that refuses the argument
+    return _Cells(column.to_numpy() if chunked else column.to_numpy(zero_copy_only=False), categorical)
+
+
+def _unpacked(values: np.ndarray) -> np.ndarray:
+    return np.char.decode(values, "utf-8", "replace") if values.dtype.kind == "S" else values
+
+
+def _objects(cells: Any) -> np.ndarray:
+    """A list as it is: NumPy would make text of [1, "a"] and of NaN among text."""
+    try:
+        return np.array(cells, dtype=object)
+    except ValueError as error:
+        raise ValueError(f"rows or cells of different lengths: {error}") from None
+
+
+def _home(thing: Any) -> str:
+    """The library that a table or column comes from, without importing it; "" for any other."""
+    homes = [kind.__module__.split(".")[0] for kind in type(thing).__mro__]
+    return next((home for home in homes if home in ("pandas", "polars", "pyarrow")), "")
+
+
+# plain data and words for messages
+
+
+def _plain_choice(features: Any) -> Any:
+    """categorical_features as JSON holds it."""
+    if features is None or (isinstance(features, str) and features == "auto"):
+        return features
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise ValueError(
+            f"categorical_features is {features!r}; it must be 'auto', None, or a list of names or positions"
+        )
+    found: list[str | int] = []
+    for feature in features:
+        if isinstance(feature, bool | np.bool_) or not isinstance(feature, str | int | np.integer):
+            raise ValueError(f"categorical_features has {feature!r}; it must hold names or positions of columns")
+        found.append(str(feature) if isinstance(feature, str) else int(feature))
+    return found
+
+
+def _describe_column(column: NumberColumn | CategoryColumn) -> dict[str, Any]:
+    name = {} if column.name is None else {"name": column.name}
+    if isinstance(column, NumberColumn):
+        return {"kind": "number", **name, "missing": column.missing}
+    kind = "codes" if column.coded else "one-hot"
+    return {"kind": kind, **name, "missing": column.missing, "words": len(column.words)}
+
+
+def _check_learned(tensors: Mapping[str, np.ndarray]) -> None:
+    for name, values in tensors.items():
+        if values.dtype == np.float64 and not np.isfinite(values).all():
+            raise ValueError(f"a table encoder whose {name} are not all finite")
+        if name in ("quantiles", "scores") and (np.diff(values) < 0).any():
+            raise ValueError(f"a table encoder whose {name} are not in ascending order")
+
+
+def _texts(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    if "words" not in tensors:
+        return []
+    data, ends = tensors["words"].tobytes(), tensors["word_ends"].tolist()
+    starts = [0, *ends[:-1]]
+    if ends[-1] != len(data) or any(start > end for start, end in zip(starts, ends, strict=True)):
+        raise ValueError("a table encoder whose word_ends do not divide its words")
+    spans = zip(starts, ends, strict=True)
+    return [
+        data[start:end].decode("utf-8", "surrogatepass") for start, end in spans
+    ]  # UnicodeDecodeError: a ValueError
+
+
+def _is_coded(column: NumberColumn | CategoryColumn) -> bool:
+    return isinstance(column, CategoryColumn) and column.coded
+
+
+def _name(column: NumberColumn | CategoryColumn, position: int) -> str:
+    return f"x{position}" if column.name is None else column.name
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _label(names: list[str] | None, position: int) -> str:
+    return f"column {position}" if names is None else f'column "{names[position]}"'
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
+    text = ", ".join(map(repr, names[:shown]))
+    return text if len(names) <= shown else f"{text} and {len(names) - shown:,} more"

@@ -3,10 +3,13 @@
 Public is what this module lists; each name's home has the details.
 """
 
+from typing import Any as _Any
+
 from . import data, plots  # matplotlib is imported when a picture is drawn
 from .activations import Activation
 from .augment import GaussianNoise, Mixup, RandomShift
 from .callbacks import Callback, CSVLogger, EarlyStopping, ProgressBar, TensorBoard
+from .checkpoints import Checkpoint
 from .container import FileError
 from .data import batches
 from .files import load
@@ -31,6 +34,7 @@ __all__ = [
     "Add",
     "CSVLogger",
     "Callback",
+    "Checkpoint",
     "Concat",
     "Constant",
     "Cosine",
@@ -59,3 +63,17 @@ __all__ = [
     "load",
     "plots",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """MLPClassifier and MLPRegressor, which need scikit-learn: imported when they are first asked for.
+
+    They are not in ``__all__``, so that ``from gpumlp import *`` needs no extra.
+    """
+    if name not in ("MLPClassifier", "MLPRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import estimators
+    except ImportError as error:
+        raise ImportError(f'{name} needs scikit-learn: pip install "gpumlp[sklearn]" ({error})') from error
+    return getattr(estimators, name)

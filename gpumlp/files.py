@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .activations import Activation, get_activation
 from .backends import get_backend
-from .container import pack, refusing, unpack, write_atomically
+from .container import Form, pack, read, refusing, unpack, write_atomically
 from .layers import Add, Concat, Dense, InputLayer
 from .losses import LOSSES, Loss
-from .network import SCALINGS, Network
+from .network import DTYPES, SCALINGS, Network
 from .places import arrange, connect, tensor_shapes
 
 LAYERS = {layer.kind: layer for layer in (InputLayer, Dense, Add, Concat)}
+
+# What a file may ask for. Parameters are bounded by the file's size, since they lie in it; these bound the rest.
+MOST_LAYERS = 1_000
+WIDEST = 1 << 24  # units: layers that join others have widths without having parameters
+MOST_CLASS_CHARACTERS = 1 << 22  # NumPy gives every name the room of the longest
 
 
 def save_network(network: Network, path: Any) -> None:
     """Write the model to ``path``: parameters, running statistics, scaling, classes and the loss that it predicts by.
 
     Raises:
-        ValueError: an activation or loss of your own, which a file cannot name.
+        ValueError: an activation or loss of your own, which a file cannot name; more layers, names or units than a file
+            may have.
         OSError: it cannot be written; an earlier file of that name stays as it was.
     """
     write_atomically(path, to_bytes(network))
@@ -33,18 +38,21 @@ def load(path: Any, device: str = "auto") -> Network:
     """The network that ``Network.save`` wrote to ``path``, on ``device``.
 
     Raises:
-        FileError: the file is damaged, of another format, or of a later version.
-        OSError: it cannot be read.
+        FileError: the file is damaged, of another format, or of a later version; or not a regular file.
+        OSError: it cannot be opened.
         RuntimeError: a device that cannot be had.
     """
-    return from_bytes(Path(path).read_bytes(), path, device)
+    return from_bytes(read(path, "model"), path, device)
 
 
 def to_bytes(network: Network) -> bytes:
     """The model as the content of a file."""
     tensors = {**network.parameters, **network.statistics}
     tensors |= {f"{network.places[0].name}.{name}": v for name in SCALINGS if (v := getattr(network, name)) is not None}
-    return pack("model", describe(network), {name: network.backend.to_numpy(v) for name, v in tensors.items()})
+    config = describe(network)
+    _model_tensors(config)  # what no reader takes is not written
+    _loss(config["loss"], network.models, network.n_outputs)
+    return pack("model", config, {name: network.backend.to_numpy(v) for name, v in tensors.items()})
 
 
 def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> Network:
@@ -63,7 +71,7 @@ def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> 
             setattr(network, name, tensors.get(f"{network.places[0].name}.{name}"))
         network.classes = None if config["classes"] is None else np.array(config["classes"])
         network.feature_names, network.target_names = config["feature_names"], config["target_names"]
-        network.loss = None if config["loss"] is None else Loss(**config["loss"])
+        network.loss = _loss(config["loss"], network.models, network.n_outputs)
         return network
 
     return refusing(path, build)
@@ -119,8 +127,54 @@ def _layer(description: dict[str, Any]) -> Any:
     return LAYERS[values.pop("kind")](**values)
 
 
-def _model_tensors(config: dict[str, Any]) -> tuple[list, dict[str, tuple[int, ...]]]:
-    """The places that a configuration means, and the name and shape of every tensor that its file must hold."""
+def _loss(description: dict[str, Any] | None, models: int, outputs: int) -> Loss | None:
+    """The loss that ``Loss.describe`` described. Raises ValueError where it does not fit the network."""
+    if description is None:
+        return None
+    values = dict(description)
+    weight = values.pop("class_weight", None)  # files of version 0.1 have none
+    if isinstance(weight, dict):
+        weight = {int(label): number for label, number in weight.items()}  # JSON's names are strings
+    loss = Loss(values.pop("name"), class_weight=weight, **values)
+    loss.check_fits(models, outputs)
+    loss.class_weights(np.zeros(0, np.int64), 2 if loss.row.output == "sigmoid" and outputs == 1 else outputs)
+    return loss
+
+
+def _check_bounds(config: dict[str, Any]) -> None:
+    """Raises ValueError where a configuration asks for more work or memory than its file's size can account for."""
+    layers, models = config["layers"], config["models"] or 1
+    if not isinstance(layers, list) or not 1 <= len(layers) <= MOST_LAYERS:
+        raise ValueError(f"the network must be a list of 1 to {MOST_LAYERS:,} layers")
+    for layer in layers:
+        units = layer.get("units", 1)
+        if type(units) is int and units > WIDEST:
+            raise ValueError(f"a layer has {units:,} units; a file may have {WIDEST:,}")
+    for name in ("seeds", "streams", "steps"):
+        values = config[name]
+        if not isinstance(values, list) or any(type(value) is not int for value in values):
+            raise ValueError(f"{name} must be a list of integers")
+        if len(values) != models:
+            raise ValueError(f"{name} has {len(values)} values for {models} models")
+    if config["dtype"] not in DTYPES:
+        raise ValueError(f"dtype={config['dtype']!r} is not supported; allowed: {', '.join(DTYPES)}")
+    for name in ("classes", "feature_names", "target_names"):
+        values = config[name]
+        if values is not None and not (
+            isinstance(values, list | tuple) and all(isinstance(v, str | int | float) for v in values)
+        ):
+            raise ValueError(f"{name} must be a list of names or numbers, or null")
+    names = [name for name in config["classes"] or () if isinstance(name, str)]
+    if names and len(config["classes"]) * max(map(len, names)) > MOST_CLASS_CHARACTERS:
+        raise ValueError(
+            f"{len(config['classes']):,} classes, the longest name of {max(map(len, names)):,} characters, are too many; "
+            f"their product may be {MOST_CLASS_CHARACTERS:,}"
+        )
+
+
+def _model_tensors(config: dict[str, Any]) -> tuple[list, dict[str, Form]]:
+    """The places that a configuration means, and name, dtype and shape of every tensor that its file must hold."""
+    _check_bounds(config)
     reads = config["reads"]
     if any(not 0 <= j < i for i, inputs in enumerate(reads) for j in inputs) or len(reads) != len(config["layers"]):
         raise ValueError("the layers read layers that do not come before them")
@@ -130,11 +184,16 @@ def _model_tensors(config: dict[str, Any]) -> tuple[list, dict[str, tuple[int, .
     places = arrange(*connect([_layer(d) for d in config["layers"]], reads), models)
     if [place.index for place in places] != list(range(len(reads))):
         raise ValueError("some layers are read by none")
+    if max(place.units for place in places) > WIDEST:
+        raise ValueError(f"layers that are joined have more than {WIDEST:,} units")
     shapes = {name: (models, *shape) for name, shape in tensor_shapes(places).items()}
     for place in places:
         if place.is_dense and place.layer.norm == "batch":
             shapes |= {f"{place.name}.{name}": (models, place.units) for name in ("mean", "variance")}
     for name in config["scaled"]:
+        if name not in SCALINGS:
+            raise ValueError(f"scaled={name!r} is unknown; allowed: {', '.join(SCALINGS)}")
         width = places[-1].units if name.startswith("target") else places[0].units
         shapes[f"{places[0].name}.{name}"] = (models, width)
-    return places, shapes
+    dtype = np.dtype(config["dtype"])
+    return places, {name: (dtype, shape) for name, shape in shapes.items()}

@@ -398,9 +398,14 @@ class Loss:
         return self.class_weights(y.reshape(-1), outputs)[y]
 
     def describe(self) -> dict[str, Any]:
-        """The name and the options that differ from the row's defaults, as plain data."""
+        """The name, the class weights and the options that differ from the row's defaults, as plain data."""
         changed = {k: np.asarray(v).tolist() for k, v in self.options.items() if np.any(v != self.row.options[k])}
-        return {"name": self.name} | changed
+        weight = self.class_weight
+        if isinstance(weight, dict):
+            weight = {int(label): np.asarray(number).item() for label, number in weight.items()}
+        elif weight is not None and not isinstance(weight, str):
+            weight = np.asarray(weight).tolist()
+        return {"name": self.name} | changed | ({} if weight is None else {"class_weight": weight})
 
     def __repr__(self) -> str:
         weight = {} if self.class_weight is None else {"class_weight": self.class_weight}

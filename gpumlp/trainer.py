@@ -14,6 +14,7 @@ import numpy as np
 
 from .augment import check_augmentation
 from .callbacks import Callback, ProgressBar, check_callbacks, end_all, hooks
+from .checkpoints import resume_newest
 from .data.checks import check_integer, check_number, check_sample_weight
 from .device_step import DeviceEvaluation, DeviceStep
 from .evaluation import Evaluation
@@ -24,6 +25,7 @@ from .network import Network
 from .optimizers import Optimizer, get_optimizer
 from .schedules import Schedule, get_schedule
 from .train_step import TrainStep
+from .training_state import check_data, load_state, save_state
 
 History = dict[str, list]
 
@@ -111,6 +113,7 @@ class Trainer:
         progress: bool | None = None,
         time_limit: float | None = None,
         memory_limit: int | None = None,
+        resume: Any = None,
     ) -> History:
         """Train for ``epochs`` epochs; a further call trains on from there.
 
@@ -129,15 +132,20 @@ class Trainer:
             time_limit: seconds after which the fit ends, at the end of a step (on a GPU, of those made together).
             memory_limit: bytes of a GPU's memory that X may fill. Larger data stay on the host and travel to the GPU while
                 it works on the steps before. None: four fifths of what is free.
+            resume: a folder of ``gm.Checkpoint``: go on from its newest checkpoint, to the same bits as if the fit had
+                never stopped; begin anew where it has none. A damaged one is passed over with a warning. Everything
+                else is given as it was, also the data and ``epochs``, which counts those that are done.
 
         Returns:
             ``history``.
 
         Ctrl-C ends the fit after the current step (on a GPU, after those that were launched) with a warning, and
         ``EarlyStopping`` puts the best weights back as it does at any end; a second Ctrl-C raises KeyboardInterrupt.
+        SIGTERM ends it in the same way, and then goes to whatever handled it before: by default the process ends.
 
         Raises:
             ValueError, TypeError: data or arguments that do not fit; the message says what and what to do.
+            FileError: ``resume`` holds checkpoints, and none of them can be read.
             DivergedError: the loss of the network, or of all models of a fleet, is no longer finite. A fleet's model that
                 diverges alone is left as it was, with a warning.
         """
@@ -148,6 +156,8 @@ class Trainer:
         if memory_limit is not None:
             check_integer(memory_limit, "memory_limit", 0)
         check_callbacks(callbacks)
+        if resume is not None:
+            resume_newest(self, resume)
         fresh = not self.network.steps.any() and self._pending is None  # nothing learned yet: classes and scales are
         data, validation = prepare(
             self.network, self.loss, X, y, sample_weight, rows, validation_data, validation_split, learn=fresh
@@ -238,6 +248,7 @@ class Trainer:
                 raise ValueError(
                     f"the resumed training had {name} {saved!r}, this fit has {now!r}; they must be the same"
                 )
+        check_data(facts["data"], step.data)
         if epochs < self.epochs_done:
             raise ValueError(
                 f"epochs={epochs}, but the resumed fit has finished {self.epochs_done}; epochs counts them too"
@@ -365,8 +376,6 @@ class Trainer:
             RuntimeError: nothing was trained yet.
             OSError: the file cannot be written; an earlier one of that name stays as it was.
         """
-        from .training_state import save_state
-
         save_state(self, path)
 
     def resume(self, path: Any) -> None:
@@ -376,8 +385,6 @@ class Trainer:
             FileError: the file is damaged or of another format.
             ValueError: it belongs to another network, loss or optimizer.
         """
-        from .training_state import load_state
-
         load_state(self, path)
 
     def _metrics(self, names: str | Sequence[str] | None) -> list[Metric]:
@@ -401,20 +408,29 @@ class Trainer:
 
 @contextmanager
 def _interruptible() -> Iterator[Any]:
-    """Within, the first Ctrl-C is only noted; the second raises. Yields a function that says whether it was noted."""
-    noted = threading.Event()
+    """Within, the first Ctrl-C and any SIGTERM are only noted; a further Ctrl-C raises. Yields a function that says whether
+    one was noted. A SIGTERM is passed on at the end: whoever asks a process to end has to see it end."""
+    noted, terminated = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set  # only the main thread may handle signals
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(signum: int, frame: Any) -> None:
-        if noted.is_set():
+        if signum == signal.SIGINT and noted.is_set():
             raise KeyboardInterrupt
         noted.set()
+        if signum == signal.SIGTERM:
+            terminated.set()
 
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so; None was set from outside Python, which could not put it back.
+    before = {signum: handler for signum, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        signal.signal(signal.SIGINT, note)
+        for signum in before:
+            signal.signal(signum, note)
         yield noted.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        if terminated.is_set():
+            signal.raise_signal(signal.SIGTERM)

@@ -104,7 +104,19 @@ def of_loss(name):
     return net
 
 
+def weighing(class_weight, loss=SOFTMAX, outputs=CLASSES):
+    net = chain(outputs=outputs)
+    net.loss = gm.Loss(loss, class_weight=class_weight)
+    return net
+
+
 MODELS |= {f"loss {name}": lambda name=name: of_loss(name) for name in LOSSES}
+MODELS |= {
+    "class weights": lambda: weighing(np.array([1.0, 0.5, 2.0])),
+    "class weights by label": lambda: weighing({0: 3, 2: 0.1}),
+    "balanced": lambda: weighing("balanced"),
+    "weights of two classes": lambda: weighing([0.25, 4.0], "binary_cross_entropy", outputs=1),
+}
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -191,11 +203,42 @@ def test_a_loss_of_your_own_cannot_be_saved(tmp_path):
 
 
 def test_a_configuration_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(container, "LARGEST_HEADER", 1000)
-    with pytest.raises(
-        ValueError, match=r"the model's configuration takes [\d,]+ bytes, too many for a safetensors header"
-    ):
-        chain().save(tmp_path / "model")
+    too_much = r"the model's configuration takes [\d,]+ bytes, and a file holds {:,}: use fewer or shorter names of"
+    length = int.from_bytes(files.to_bytes(chain())[:8], "little")
+    for largest in (100, length - 8):
+        monkeypatch.setitem(container.LARGEST_HEADER, "model", largest)
+        with pytest.raises(ValueError, match=too_much.format(largest)):
+            chain().save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(container.LARGEST_HEADER, "model", length)
+    chain().save(tmp_path / "model")
+    gm.load(tmp_path / "model")
+
+
+def test_what_a_reader_would_refuse_is_not_written():
+    net = chain()
+    net.feature_names = ["[" * 100_000]
+    with pytest.raises(ValueError, match=r"the model's configuration has 100,\d+ brackets; a file may have 65,536"):
+        files.to_bytes(net)
+    deep = gm.Network([gm.Dense(1)] * 1000, n_features=1)
+    with pytest.raises(ValueError, match="the network must be a list of 1 to 1,000 layers"):
+        files.to_bytes(deep)
+    x = gm.Input(1 << 10)
+    wide = x
+    for _ in range(15):
+        wide = gm.Concat()(wide, wide)
+    with pytest.raises(ValueError, match="layers that are joined have more than 16,777,216 units"):
+        files.to_bytes(gm.Network(x, wide))
+    net = chain()
+    net.classes = np.array(["a" * (1 << 21), "b", "c"])
+    with pytest.raises(ValueError, match="3 classes, the longest name of 2,097,152 characters, are too many"):
+        files.to_bytes(net)
+    net.classes, net.feature_names = None, [None] * FEATURES
+    with pytest.raises(ValueError, match="feature_names must be a list of names or numbers, or null"):
+        files.to_bytes(net)
+    net.feature_names, net.loss = None, gm.Loss(SOFTMAX, class_weight=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"class_weight has shape \(2,\); it needs one number for each of 3 classes"):
+        files.to_bytes(net)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -264,9 +307,12 @@ OTHER_FILES = {
     "other": (safetensors.numpy.save({"a": np.ones(3)}), "is a safetensors file, but not gpumlp's"),
     "other metadata": (safetensors.numpy.save({"a": np.ones(3)}, {"format": "pt"}), "but not gpumlp's"),
     "metadata list": (raw({"__metadata__": ["gpumlp model"]}), "but not gpumlp's"),
-    "no config": (raw({"__metadata__": {"format": "gpumlp model", "format_version": "1"}}), "KeyError: 'config'"),
+    "no config": (
+        raw({"__metadata__": {"format": "gpumlp model", "format_version": "1"}}),
+        "its metadata lack 'config'",
+    ),
     "twice": (raw(b'{"a": 1, "a": 2}'), "its header names something twice"),
-    "deep": (raw(b"[" * 100_000), "RecursionError"),
+    "deep": (raw(b"[" * 50_000), "RecursionError"),
     "no text": (raw(b"\xff\xfe"), "UnicodeDecodeError"),
 }
 
@@ -287,6 +333,12 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         gm.Trainer(chain(), SOFTMAX).resume(tmp_path / "none")
 
 
+def test_a_model_of_version_0_1_whose_loss_has_no_class_weight(parts):
+    config, tensors = parts
+    assert config["loss"] == {"name": SOFTMAX}
+    assert files.from_bytes(container.pack("model", config, tensors)).loss.class_weight is None
+
+
 def test_a_later_format(monkeypatch):
     monkeypatch.setattr(container, "FORMAT_VERSION", "2")
     later = files.to_bytes(chain())
@@ -302,7 +354,7 @@ def test_constants_that_json_does_not_have(model, constant):
     config = header["__metadata__"]["config"]
     header["__metadata__"]["config"] = config.replace('"max_norm": 1.5', f'"max_norm": {constant}')
     assert header["__metadata__"]["config"] != config
-    with pytest.raises(gm.FileError, match=f"its header holds {constant}"):
+    with pytest.raises(gm.FileError, match=f"its configuration holds {constant}"):
         files.from_bytes(raw(header, model[8 + length :]))
 
 
@@ -324,8 +376,9 @@ def spoil(config, path, value):
 
 
 FOREIGN = {  # a configuration that is wrong although its checksum is right
-    "units": (("layers", 1, "units"), 10**12, "its tensors are not those that its configuration describes"),
-    "models": (("models",), 10**12, "its tensors are not those"),
+    "units": (("layers", 1, "units"), 10**12, "a layer has 1,000,000,000,000 units; a file may have 16,777,216"),
+    "one unit more": (("layers", 1, "units"), 6, "its tensors are not those that its configuration describes"),
+    "models": (("models",), 10**12, "seeds has 1 values for 1000000000000 models"),
     "features": (("layers", 0, "units"), 0, "n_features=0 must be an integer of at least 1"),
     "input dropout": (("layers", 0, "dropout"), 1.5, r"dropout=1.5 must be a number in \[0, 1\)"),
     "activation": (("layers", 1, "activation"), "sine", "activation='sine' is unknown; allowed: identity"),
@@ -342,10 +395,28 @@ FOREIGN = {  # a configuration that is wrong although its checksum is right
     "a layer that nothing reads": (("reads", 3), [1], "some layers are read by none"),
     "two inputs of one layer": (("reads", 2), [0, 1], "Dense reads one node, got 2"),
     "no input of a layer": (("reads", 1), [], "Dense reads one node, got 0"),
-    "scaled": (("scaled",), ["weights"], "its tensors are not those"),
+    "scaled": (
+        ("scaled",),
+        ["weights"],
+        "scaled='weights' is unknown; allowed: shift, scale, target_shift, target_scale",
+    ),
+    "scaling": (("scaled",), ["shift"], "its tensors are not those"),
+    "other dtype": (("dtype",), "float64", "its tensors are not those"),
     "dtype": (("dtype",), "float16", "dtype='float16' is not supported"),
     "seed": (("seeds",), [-1], "seed=-1"),
-    "seeds": (("seeds",), [1, 2], "seed has 2 values for 1 models"),
+    "seeds": (("seeds",), [1, 2], "seeds has 2 values for 1 models"),
+    "steps": (("steps",), [0.5], "steps must be a list of integers"),
+    "classes": (("classes",), [["a"], ["b"]], "classes must be a list of names or numbers, or null"),
+    "class weights": (
+        ("loss",),
+        {"name": SOFTMAX, "class_weight": [1.0]},
+        r"class_weight has shape \(1,\); it needs one number for each of 3",
+    ),
+    "class of a weight": (
+        ("loss",),
+        {"name": SOFTMAX, "class_weight": {"3": 1.0}},
+        "class_weight names label 3; labels are 0 to 2",
+    ),
     "loss": (("loss",), {"name": "mse"}, "loss='mse' is unknown"),
     "no layers": (("layers",), [], "cannot be read"),
 }

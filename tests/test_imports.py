@@ -20,10 +20,11 @@ LINES = """
 __main__
 cli
 commands                what the command line's commands do
-estimators
+estimators              scikit-learn's manners; needs it
 __init__                what `import gpumlp` offers
 perceptron plots
 trainer
+checkpoints             a folder of training states: which is kept, which is taken up
 training_state          a fit on disk, at any step
 callbacks
 files                   models on disk: a file is read by building a network, so this stands above it
@@ -50,7 +51,11 @@ container               the file format
 RANK = {name: rank for rank, line in enumerate(LINES.split("\n")) for name in line.split("  ")[0].split()}
 
 # Within a function a module may also reach above itself: methods that hand a network over to a module about networks.
-FORWARDED = {("network", "files"), ("network", "diagnostics")}  # save and pickle; gradient_check and diagnose
+FORWARDED = {
+    ("network", "files"),  # save and pickle
+    ("network", "diagnostics"),  # gradient_check and diagnose
+    ("__init__", "estimators"),  # which need scikit-learn
+}
 
 CORE = {"numpy", "tqdm", "safetensors"}  # installed always; everything else is an extra
 EXTRAS = {"estimators": "sklearn", "backends.cupy_runtime": "cupy"}  # the modules that are about an extra
@@ -106,7 +111,7 @@ def test_imports_go_down_the_list(name):
 
 
 def test_the_list_names_nothing_that_is_not_there():
-    there = {line_of(name) for name in SOURCES} | {"estimators"}
+    there = {line_of(name) for name in SOURCES}
     assert set(RANK) <= there
     used = {(line_of(name), line_of(target)) for name in SOURCES for target, lazily in imports(name) if lazily}
     assert used >= FORWARDED
@@ -170,3 +175,13 @@ def test_plots_and_data_are_there_without_a_further_import():
     code = "import gpumlp as gm; print(gm.plots.learning_curves.__name__, gm.data.encode_labels.__name__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
     assert run.stdout == "learning_curves encode_labels\n", run.stderr
+
+
+@pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor"])
+def test_estimators_come_with_scikit_learn_or_say_so(name):
+    """In a process of its own, without scikit-learn as far as imports can tell."""
+    code = f"import sys; sys.modules['sklearn'] = None; import gpumlp; gpumlp.{name}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
+    assert f'{name} needs scikit-learn: pip install "gpumlp[sklearn]"' in run.stderr
+    with pytest.raises(AttributeError, match="module 'gpumlp' has no attribute 'MLPTransformer'"):
+        gpumlp.MLPTransformer  # noqa: B018

@@ -1,0 +1,855 @@
+"""MLPClassifier and MLPRegressor: scikit-learn's manners over the library's networks (the extra ``sklearn``).
+
+Parameters, defaults, attributes and messages are those of scikit-learn 1.9's classes of the same names, so that changing
+the import line is enough. With its four activations the initial weights are drawn as it draws them, and so is the held-out
+part: without shuffling, fits agree step by step. What its classes do not have follows as further keywords, whose defaults
+change nothing.
+
+How scikit-learn's loss relates to the library's: it halves squared errors, and its gradient is of the sum over the outputs
+where ours is of their mean. ``Task`` holds both factors; learning rate, epsilon, penalty and clipping go through them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, _fit_context  # type: ignore
+from sklearn.exceptions import ConvergenceWarning  # type: ignore
+from sklearn.metrics import d2_pinball_score, get_scorer  # type: ignore
+from sklearn.model_selection import train_test_split  # type: ignore
+from sklearn.preprocessing import LabelBinarizer  # type: ignore
+from sklearn.utils import check_random_state, column_or_1d  # type: ignore
+from sklearn.utils._param_validation import Interval, Options, StrOptions  # type: ignore
+from sklearn.utils.class_weight import compute_sample_weight  # type: ignore
+from sklearn.utils.metaestimators import available_if  # type: ignore
+from sklearn.utils.multiclass import (  # type: ignore
+    _check_partial_fit_first_call,
+    check_classification_targets,
+    type_of_target,
+    unique_labels,
+)
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data  # type: ignore
+
+from .activations import Activation
+from .callbacks import Callback
+from .layers import Dense
+from .losses import Loss, output_values
+from .network import Network
+from .optimizers import LBFGS, SGD, Adam, Optimizer
+from .schedules import Schedule
+from .trainer import DivergedError, Trainer
+
+OWN_NAMES = {"logistic": "sigmoid"}  # scikit-learn's name of an activation → the table's
+SKLEARN_ACTIVATIONS = {"identity", "logistic", "tanh", "relu"}  # whose initial weights are drawn as scikit-learn does
+OUT_ACTIVATIONS = {"identity": "identity", "exp": "exp", "sigmoid": "logistic", "softmax": "softmax"}
+SMALLEST_RATE = 1e-6  # at which "adaptive" stops
+LBFGS_FTOL = 2.220446049250313e-09  # scipy's: an iteration that lowers the loss by less than this share is the last
+SPARSE_ROWS = 4096  # of a sparse X that are made dense at a time in a prediction
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the network fits, and how scikit-learn's loss relates to the library's."""
+
+    loss: Loss
+    outputs: int
+    metric: str | None  # the score of validation; None is the loss itself, negated
+    factor: float  # scikit-learn's loss = factor · ours
+    slope: float  # scikit-learn's gradient = slope · ours
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Checked rows as the trainer reads them."""
+
+    X: np.ndarray  # (n, n_features)
+    y: np.ndarray  # (n,) labels or (n, n_outputs) targets
+    weight: np.ndarray | None  # (n,)
+
+    def __getitem__(self, rows: np.ndarray) -> Rows:
+        return Rows(self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows])
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+
+class _Monitor(Callback):
+    """Keeps an estimator's curves, and decides as scikit-learn does when a fit ends."""
+
+    def __init__(self, estimator: Any, task: Task, train: Rows, penalty: float, score: Callable[[dict], float] | None):
+        self.estimator, self.task, self.penalty, self.score = estimator, task, penalty, score
+        self.offset = _offset(task, train)
+        self.n_samples, self.converged, self.out_of_calls = len(train), False, False
+        self.best_weights: dict[str, Any] = {}
+
+    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> np.ndarray | None:
+        e = self.estimator
+        e.n_iter_ += 1
+        e.loss_ = self.task.factor * record["loss"] + self.offset + self.penalty * _squared_norm(trainer.network)
+        if self.score is not None:
+            score = self.score(record)
+            e.validation_scores_.append(score)
+            e.validation_loss_curve_.append(self.task.factor * record["val_loss"])
+        self.converged = self._lbfgs(trainer) if e.solver == "lbfgs" else self._stochastic(trainer)
+        return np.array([self.converged or self.out_of_calls])
+
+    def _lbfgs(self, trainer: Trainer) -> bool:
+        """scipy's rules: the largest element of the gradient, and the share by which the loss fell."""
+        e, network = self.estimator, trainer.network
+        memory = trainer.optimizer.bind(network).states
+        value = self.task.factor * float(memory["value"][0])
+        before, self.value = getattr(self, "value", np.inf), value
+        gradient = self.task.slope * np.abs(network.backend.to_numpy(memory["gradient"])).max()
+        e.loss_ = value + self.offset  # of the weights as they are now; the record's is of those before
+        if self.task.factor != self.task.slope:  # the penalty is in units of the gradient
+            e.loss_ += self.penalty * _squared_norm(network) * (1 - self.task.factor / self.task.slope)
+        if e.verbose:
+            print(f"Iteration {e.n_iter_}, loss = {e.loss_:.8f}")
+        still = np.isfinite(before) and before - value <= LBFGS_FTOL * max(abs(before), abs(value), 1.0)
+        self.out_of_calls = e.n_iter_ + 1 >= e.max_fun  # at least one evaluation for each iteration, one before them
+        return bool(gradient <= e.tol or still)
+
+    def _stochastic(self, trainer: Trainer) -> bool:
+        e = self.estimator
+        e.t_ += self.n_samples
+        e.loss_curve_.append(e.loss_)
+        if e.verbose:
+            print(f"Iteration {e.n_iter_}, loss = {e.loss_:.8f}")
+        if self.score is not None:
+            self._keep_best(trainer)
+        no_better = e.loss_ > (np.inf if e.best_loss_ is None else e.best_loss_) - e.tol
+        if e.early_stopping:
+            no_better = e.validation_scores_[-1] < self.best_before + e.tol
+        else:
+            e.best_loss_ = min(e.best_loss_, e.loss_)
+        e._no_improvement_count = e._no_improvement_count + 1 if no_better else 0
+        if e._no_improvement_count <= e.n_iter_no_change:
+            return False
+        what = "Validation score" if e.early_stopping else "Training loss"
+        message = f"{what} did not improve more than tol={e.tol:f} for {e.n_iter_no_change} consecutive epochs."
+        rate = e.learning_rate_init * e._rate_factor
+        adapts = e.solver == "sgd" and e.learning_rate == "adaptive"
+        if adapts and rate > SMALLEST_RATE:
+            e._rate_factor /= 5
+            e._no_improvement_count = 0
+            message += f" Setting learning rate to {rate / 5:f}"
+        else:
+            adapts = False
+            message += " Stopping."
+        if e.verbose:
+            print(message)
+        return not adapts
+
+    def _keep_best(self, trainer: Trainer) -> None:
+        e, score = self.estimator, self.estimator.validation_scores_[-1]
+        if e.verbose:
+            print(f"Validation score: {score:f}")
+        self.best_before = e.best_validation_score_
+        if score > e.best_validation_score_:
+            e.best_validation_score_ = score
+            if e.early_stopping:
+                trainer.network.copy_weights(self.best_weights, np.ones(1, bool))
+
+
+class _Adaptive:
+    """The factor that ``learning_rate="adaptive"`` has come to."""
+
+    def __init__(self, estimator: Any) -> None:
+        self.estimator = estimator
+
+    def __call__(self, epoch: Any, epochs: int) -> np.ndarray:
+        return np.array([self.estimator._rate_factor])
+
+    def observe(self, values: np.ndarray) -> None:
+        """Its presence has the trainer ask anew in every epoch."""
+
+
+def _inverse_scaling(power: float, n_samples: int, seen: int, incremental: bool) -> Callable:
+    """1 / (t + 1) ** power, t the samples seen before the epoch; 1 in the first epoch of a fit."""
+
+    def factor(epoch: Any, epochs: int) -> np.ndarray:
+        whole = np.floor(np.asarray(epoch, np.float64))
+        t = seen + whole * n_samples
+        return np.where((whole == 0) & (not incremental), 1.0, (t + 1) ** -power)
+
+    return factor
+
+
+_AT_LEAST_ONE = Interval(Integral, 1, None, closed="left")
+_NOT_NEGATIVE = Interval(Real, 0, None, closed="left")
+_POSITIVE = Interval(Real, 0, None, closed="neither")
+_SHARE = Interval(Real, 0, 1, closed="left")
+
+
+class _MLP(BaseEstimator):
+    """What classifier and regressor share."""
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        "hidden_layer_sizes": ["array-like", _AT_LEAST_ONE],
+        "activation": [str, list, tuple, Activation],
+        "solver": [StrOptions({"lbfgs", "sgd", "adam"})],
+        "alpha": [_NOT_NEGATIVE],
+        "batch_size": [StrOptions({"auto"}), _AT_LEAST_ONE],
+        "learning_rate": [StrOptions({"constant", "invscaling", "adaptive"})],
+        "learning_rate_init": [_POSITIVE],
+        "power_t": [_NOT_NEGATIVE],
+        "max_iter": [_AT_LEAST_ONE],
+        "shuffle": ["boolean"],
+        "random_state": ["random_state"],
+        "tol": [_NOT_NEGATIVE],
+        "verbose": ["verbose"],
+        "warm_start": ["boolean"],
+        "momentum": [_SHARE],
+        "nesterovs_momentum": ["boolean"],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [_SHARE],
+        "beta_1": [_SHARE],
+        "beta_2": [_SHARE],
+        "epsilon": [_POSITIVE],
+        "n_iter_no_change": [_AT_LEAST_ONE, Options(Real, {np.inf})],
+        "max_fun": [_AT_LEAST_ONE],
+        "dropout": [_SHARE],
+        "norm": [StrOptions({"batch", "layer"}), None],
+        "schedule": [str, callable, None],
+        "max_grad_norm": [_POSITIVE, None],
+        "scoring": [str, callable, None],
+        "callbacks": [list, tuple, None],
+        "time_limit": [_POSITIVE, None],
+        "device": "no_validation",
+        "dtype": [StrOptions({"float32", "float64"}), None],
+    }
+
+    # --- fit
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Any:  # fmt: skip
+        """Fit the network to X and y.
+
+        Args:
+            X: (n_samples, n_features), dense or sparse; a sparse X is made dense as a whole.
+            y: (n_samples,) or (n_samples, n_outputs).
+            sample_weight: (n_samples,), not negative.
+            X_val, y_val, sample_weight_val: validation data of your own. ``validation_scores_`` and
+                ``validation_loss_curve_`` follow them, and ``early_stopping=True`` decides by them and holds out nothing.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError, TypeError: data or parameters that do not fit; the message says which and what is allowed.
+        """
+        if (X_val is None) != (y_val is None):
+            raise ValueError("X_val and y_val belong together: give both, or neither")
+        if sample_weight_val is not None and X_val is None:
+            raise ValueError("sample_weight_val weighs the rows of X_val: give X_val and y_val too")
+        held_out = None if X_val is None else (X_val, y_val, sample_weight_val)
+        return self._fit(X, y, sample_weight, held_out, incremental=False)
+
+    def _is_stochastic(self) -> bool:
+        if self.solver not in ("sgd", "adam"):
+            raise AttributeError(
+                f"partial_fit is only available for stochastic optimizers. {self.solver} is not stochastic."
+            )
+        return True
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, held_out: tuple | None, incremental: bool) -> Any:
+        sizes = self._hidden_sizes()
+        first = not hasattr(self, "network_") or not (self.warm_start or incremental)
+        if self.early_stopping and incremental:
+            raise ValueError("partial_fit does not support early_stopping=True")
+        if self.schedule is not None and (incremental or self.learning_rate != "constant"):
+            why = "partial_fit has no end to plan for" if incremental else f"learning_rate={self.learning_rate!r}"
+            raise ValueError(f"schedule={self.schedule!r} cannot be joined with this: {why}; leave out one of them")
+        X, y = self._check_data(X, y, incremental, reset=first)
+        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
+        rows = Rows(_dense(X), self._encode(y), weight)
+        task = self._task(rows.y)
+        random_state = check_random_state(self.random_state)
+        if first:
+            self._begin(task)
+            shapes = [rows.X.shape[1], *sizes, task.outputs]
+            drawn = _sklearn_weights(random_state, shapes, self._activations(sizes))
+        train, validation = self._split(rows, held_out, task, random_state)
+        if first:
+            seed = int(random_state.randint(np.iinfo(np.int32).max))
+            self.network_ = self._network(sizes, task, rows.X, seed, drawn)
+        train = self._weigh_classes(train, y if len(train) == len(rows) else None)
+        self._train(task, train, validation, incremental)
+        return self
+
+    def _begin(self, task: Task) -> None:
+        self.n_iter_ = self.t_ = 0
+        self._epochs, self._no_improvement_count, self._rate_factor = 0, 0, 1.0
+        self._optimizer_state: dict[str, np.ndarray] = {}
+        self.n_outputs_ = task.outputs
+        self.n_layers_ = len(self._hidden_sizes()) + 2
+        self.out_activation_ = OUT_ACTIVATIONS[task.loss.row.output]
+        self.validation_scores_: list[float] | None = None
+        self.validation_loss_curve_: list[float] | None = None
+        self.best_validation_score_: float | None = None
+        for name in ("loss_curve_", "best_loss_"):  # of a fit before, maybe by another solver
+            self.__dict__.pop(name, None)
+
+    def _hidden_sizes(self) -> list[int]:
+        sizes = self.hidden_layer_sizes
+        sizes = list(sizes) if hasattr(sizes, "__iter__") else [sizes]
+        if np.any(np.array(sizes) <= 0):
+            raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
+        return [int(size) for size in sizes]
+
+    def _activations(self, sizes: list[int]) -> list:
+        """One activation for each hidden layer."""
+        if not isinstance(self.activation, list | tuple):
+            return [self.activation] * len(sizes)
+        if len(self.activation) != len(sizes):
+            raise ValueError(
+                f"activation={self.activation!r} has {len(self.activation)} entries for {len(sizes)} hidden layers; "
+                "give one name for all, or one for each"
+            )
+        return list(self.activation)
+
+    def _network(self, sizes: list[int], task: Task, X: np.ndarray, seed: int, drawn: list | None) -> Network:
+        hidden = [
+            Dense(n, OWN_NAMES.get(f, f) if isinstance(f, str) else f, norm=self.norm, dropout=self.dropout)
+            for n, f in zip(sizes, self._activations(sizes), strict=True)
+        ]
+        network = Network(
+            [*hidden, Dense(task.outputs)],
+            n_features=X.shape[1],
+            seed=seed,
+            device=self.device,
+            dtype=self.dtype or X.dtype,
+        )
+        for i, (W, b) in enumerate(drawn or ()):
+            network.parameters[f"dense_{i}.W"][...] = np.ascontiguousarray(W.T, network.dtype)[None]
+            if f"dense_{i}.b" in network.parameters:
+                network.parameters[f"dense_{i}.b"][...] = b.astype(network.dtype)[None]
+        network.feature_names = self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None
+        return network
+
+    def _split(
+        self, rows: Rows, given: tuple | None, task: Task, random_state: Any
+    ) -> tuple[Rows, tuple[Rows, Any] | None]:
+        """Training rows, and validation rows with their y as the user wrote it; None where there are none."""
+        if given is not None:
+            X, y = self._check_data(given[0], given[1], incremental=True, reset=False)
+            weight = None if given[2] is None else _check_sample_weight(given[2], X)
+            return rows, (Rows(_dense(X), self._encode(y), weight), y)
+        if not self.early_stopping or self.solver == "lbfgs":
+            return rows, None
+        stratify = rows.y if self._stratifies(task) else None
+        train, held = train_test_split(
+            np.arange(len(rows)), random_state=random_state, test_size=self.validation_fraction, stratify=stratify
+        )
+        if len(held) < 2:
+            raise ValueError(
+                "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
+            )
+        return rows[train], (rows[held], self._decode(rows.y[held]))
+
+    def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any] | None, incremental: bool) -> None:
+        n, network = len(train), self.network_
+        batch = n if self.solver == "lbfgs" else self._batch_size(n)
+        total = 1.0 if train.weight is None else float(train.weight.mean())
+        steps = -(-n // batch)
+        trainer = Trainer(
+            network,
+            task.loss,
+            self._optimizer(task, self.alpha / (batch * (total or 1.0))),
+            schedule=self._schedule(n, incremental),
+            metrics=task.metric,
+        )
+        trainer.epoch = self._epochs  # so that a further fit shuffles anew
+        if incremental:
+            self._restore_optimizer(trainer)
+        score = None if validation is None else self._scorer(task, validation)
+        if validation is not None and self.validation_scores_ is None:
+            self.validation_scores_, self.validation_loss_curve_ = [], []
+            self.best_validation_score_ = -np.inf
+        if self.solver != "lbfgs":
+            self.loss_curve_: list[float] = getattr(self, "loss_curve_", [])
+            best = getattr(self, "best_loss_", None)
+            self.best_loss_ = None if self.early_stopping else np.inf if best is None else best
+        monitor = _Monitor(self, task, train, 0.5 * self.alpha * steps / (n * (total or 1.0)), score)
+        held = validation and (validation[0].X, validation[0].y, validation[0].weight)
+        self.n_iter_, diverged = 0, False
+        try:
+            trainer.fit(
+                train.X,
+                _probabilities_if_one_class(train.y, task, network.dtype),
+                epochs=1 if incremental else self.max_iter,
+                batch_size=batch,
+                sample_weight=train.weight,
+                validation_data=held if held is None or held[2] is not None else held[:2],
+                shuffle=self.shuffle,
+                callbacks=[monitor, *(self.callbacks or ())],
+                progress=False,
+                time_limit=self.time_limit,
+            )
+        except DivergedError as error:
+            if not monitor.best_weights:
+                raise ValueError(
+                    "Solver produced non-finite parameter weights. The input data may contain large values and need to "
+                    "be preprocessed; or try a smaller learning_rate_init, or max_grad_norm=1.0."
+                ) from error
+            diverged = True
+            message = f"the loss is no longer finite after epoch {self.n_iter_}; the best weights before that are kept"
+            warnings.warn(message, ConvergenceWarning, stacklevel=5)
+        self._epochs = trainer.epoch
+        if self.n_iter_ == 0:  # a time limit or Ctrl-C within the first epoch
+            self.loss_ = task.factor * float(trainer.epoch_loss()[0])
+        if self.solver != "lbfgs":
+            self._keep_optimizer(trainer)
+        if self.early_stopping and monitor.best_weights:
+            network.set_weights(monitor.best_weights, np.ones(1, bool))
+        self._name_outputs(network)
+        ran_out = trainer.stopped == "epochs" or monitor.out_of_calls
+        if ran_out and not (incremental or monitor.converged or diverged):
+            warnings.warn(self._not_converged(), ConvergenceWarning, stacklevel=5)
+
+    def _not_converged(self) -> str:
+        if self.solver == "lbfgs":
+            return (
+                f"lbfgs failed to converge after {self.n_iter_} iteration(s): a limit, max_iter={self.max_iter} or "
+                f"max_fun={self.max_fun}, was reached. Increase it, or scale the data."
+            )
+        return (
+            f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the optimization hasn't "
+            "converged yet."
+        )
+
+    def _batch_size(self, n: int) -> int:
+        if self.batch_size == "auto":
+            return min(200, n)
+        if self.batch_size > n:
+            warnings.warn(
+                "Got `batch_size` less than 1 or larger than sample size. It is going to be clipped", stacklevel=6
+            )
+        return int(min(self.batch_size, n))
+
+    def _optimizer(self, task: Task, l2: float) -> Optimizer:
+        """The solver, with its hyper-parameters in the units of the library's gradient."""
+        l2, slope = l2 / task.slope, task.slope
+        clip = None if self.max_grad_norm is None else self.max_grad_norm / slope
+        if self.solver == "lbfgs":
+            if clip is not None:
+                raise ValueError(f"max_grad_norm={self.max_grad_norm!r} is for solver='adam' or 'sgd', not 'lbfgs'")
+            return LBFGS(l2=l2)
+        if self.solver == "sgd":
+            nesterov = bool(self.nesterovs_momentum and self.momentum > 0)
+            return SGD(self.learning_rate_init * slope, self.momentum, nesterov, l2=l2, clip_norm=clip)
+        return Adam(self.learning_rate_init, self.beta_1, self.beta_2, self.epsilon / slope, l2=l2, clip_norm=clip)
+
+    def _schedule(self, n_samples: int, incremental: bool) -> str | Schedule | Callable | None:
+        if self.solver != "sgd" or self.learning_rate == "constant":
+            return self.schedule
+        if not incremental:
+            self._rate_factor = 1.0
+        if self.learning_rate == "adaptive":
+            return _Adaptive(self)
+        return _inverse_scaling(self.power_t, n_samples, self.t_, incremental)
+
+    def _keep_optimizer(self, trainer: Trainer) -> None:
+        """The optimizer's memory as arrays, for a later partial_fit, also of a copy or after pickling."""
+        bound, to_numpy = trainer.optimizer.bind(self.network_), self.network_.backend.to_numpy
+        self._optimizer_state = {"t": bound.t.copy()} | {k: np.array(to_numpy(v)) for k, v in bound.states.items()}
+
+    def _restore_optimizer(self, trainer: Trainer) -> None:
+        bound = trainer.optimizer.bind(self.network_)
+        if self._optimizer_state.keys() == {"t", *bound.states}:
+            bound.t[...] = self._optimizer_state["t"]
+            for name, values in bound.states.items():
+                values[...] = self._optimizer_state[name]
+
+    def _scorer(self, task: Task, validation: tuple[Rows, Any]) -> Callable[[dict], float]:
+        """The validation score of an epoch from its record."""
+        if self.scoring is None:
+            if task.metric is None:
+                return lambda record: -record["val_loss"]
+            return lambda record: record[f"val_{task.metric}"]
+        scorer = self.scoring if callable(self.scoring) else get_scorer(self.scoring)
+        rows, y = validation
+        extra = {} if rows.weight is None else {"sample_weight": rows.weight}
+        view = object.__new__(type(self))  # without the names of columns, which an array does not have
+        view.__dict__.update({k: v for k, v in vars(self).items() if k != "feature_names_in_"})
+        return lambda record: float(scorer(view, rows.X, y, **extra))
+
+    # --- what differs between labels and values
+
+    def _stratifies(self, task: Task) -> bool:
+        return False
+
+    def _decode(self, y: np.ndarray) -> np.ndarray:
+        return y
+
+    def _weigh_classes(self, train: Rows, y: Any) -> Rows:
+        return train
+
+    def _name_outputs(self, network: Network) -> None: ...
+
+    # --- the fitted network
+
+    @property
+    def coefs_(self) -> list[np.ndarray]:
+        """The weights of each layer, (fan_in, fan_out): copies of ``network_.parameters``."""
+        return [self._parameter(f"dense_{i}.W").T for i in range(self._fitted_layers())]
+
+    @property
+    def intercepts_(self) -> list[np.ndarray]:
+        """The biases of each layer, (fan_out,): copies; zeros where batch normalisation takes their place."""
+        names = [f"dense_{i}" for i in range(self._fitted_layers())]
+        there = self.network_.parameters
+        return [
+            self._parameter(f"{name}.b") if f"{name}.b" in there else np.zeros(there[f"{name}.W"].shape[1])
+            for name in names
+        ]
+
+    def _fitted_layers(self) -> int:
+        if "network_" not in vars(self):
+            raise AttributeError(f"this {type(self).__name__} is not fitted yet: call fit first")
+        return self.n_layers_ - 1
+
+    def _parameter(self, name: str) -> np.ndarray:
+        return np.array(self.network_.backend.to_numpy(self.network_.parameters[name])[0])
+
+    def _logits(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", reset=False)
+        if not hasattr(X, "toarray"):
+            return self.network_.logits(X)
+        starts = range(0, X.shape[0], SPARSE_ROWS)
+        return np.concatenate([self.network_.logits(_dense(X[i : i + SPARSE_ROWS])) for i in starts])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+class MLPClassifier(ClassifierMixin, _MLP):
+    """A multi-layer perceptron for classes or several labels a row, with scikit-learn's parameters.
+
+    Minimises the log loss: softmax over several classes, one sigmoid for two, a sigmoid for each label of a row.
+
+    Args:
+        hidden_layer_sizes: widths of the hidden layers.
+        activation: of the hidden layers, a name of ``gpumlp.activations.ACTIVATIONS``; "logistic" is "sigmoid". A list has
+            one for each hidden layer.
+        solver: "adam", "sgd" or "lbfgs".
+        alpha: L2 penalty. As in scikit-learn it is divided by the rows of a batch: the loss has ½ alpha Σw² / batch_size
+            over the weights, not the biases (divided by the mean of ``sample_weight`` too). An epoch's shorter last batch
+            takes the same penalty, where scikit-learn's grows.
+        batch_size: rows of a step; "auto" is min(200, n_samples).
+        learning_rate, learning_rate_init, power_t: "constant"; "invscaling" and "adaptive" are for sgd.
+        max_iter: largest number of epochs, or of iterations of lbfgs.
+        shuffle: a new order in every epoch.
+        random_state: of the initial weights (scikit-learn's own draw), the held-out part, shuffling and dropout. The order
+            of the rows is the library's own, so that numbers differ from scikit-learn's where it shuffles.
+        tol, n_iter_no_change: a fit ends after that many epochs in a row that improve by less than tol.
+        verbose: print each epoch's loss.
+        warm_start: a further fit goes on from the present weights.
+        momentum, nesterovs_momentum: of sgd; momentum is less than 1.
+        early_stopping, validation_fraction: hold rows out, stop by their score, put the best weights back.
+        beta_1, beta_2, epsilon: of adam; epsilon stands outside the bias correction (Kingma & Ba 2015, algorithm 1), in
+            scikit-learn inside.
+        max_fun: of lbfgs; each iteration counts as one call, whatever its line search took.
+        dropout: share of each hidden layer's outputs set to zero in training.
+        norm: None, "batch" or "layer", in each hidden layer.
+        class_weight: None, "balanced" or {label: weight}; multiplies ``sample_weight``.
+        label_smoothing: in [0, 1).
+        schedule: a name of ``gpumlp.schedules.SCHEDULES`` or a schedule, over ``max_iter`` epochs; with
+            ``learning_rate="constant"``.
+        max_grad_norm: largest norm of a step's gradient.
+        scoring: any scorer of scikit-learn, a name or a function (estimator, X, y), for validation; None is accuracy.
+        callbacks: objects with methods of ``gm.Callback``.
+        time_limit: seconds after which a fit ends.
+        device: "auto", "cpu", "cuda"; see ``gm.Network``.
+        dtype: "float32" or "float64"; None is X's own, float64 where that is neither.
+
+    Attributes:
+        network_: the ``gm.Network``.
+        classes_, coefs_, intercepts_, n_layers_, n_outputs_, out_activation_, n_features_in_, feature_names_in_, n_iter_,
+            t_, loss_, and for adam and sgd loss_curve_, best_loss_, validation_scores_, best_validation_score_: as
+            scikit-learn's. The penalty in a loss is that of the weights at the epoch's end.
+        validation_loss_curve_: the loss on the validation rows after each epoch, without penalty; None without them.
+
+    Raises:
+        ValueError: parameters out of range, when ``fit`` is called.
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        **_MLP._parameter_constraints,
+        "class_weight": [dict, list, StrOptions({"balanced"}), None],
+        "label_smoothing": [_SHARE],
+    }
+
+    def __init__(
+        self, hidden_layer_sizes=(100,), activation="relu", *, solver="adam", alpha=0.0001, batch_size="auto",
+        learning_rate="constant", learning_rate_init=0.001, power_t=0.5, max_iter=200, shuffle=True, random_state=None,
+        tol=1e-4, verbose=False, warm_start=False, momentum=0.9, nesterovs_momentum=True, early_stopping=False,
+        validation_fraction=0.1, beta_1=0.9, beta_2=0.999, epsilon=1e-8, n_iter_no_change=10, max_fun=15000,
+        dropout=0.0, norm=None, class_weight=None, label_smoothing=0.0, schedule=None, max_grad_norm=None, scoring=None,
+        callbacks=None, time_limit=None, device="auto", dtype=None,
+    ):  # fmt: skip
+        _keep(locals())
+
+    @available_if(lambda self: self._is_stochastic())
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> MLPClassifier:
+        """Train for one epoch on these rows; the first call needs all ``classes``. Errors as in ``fit``."""
+        if self.class_weight == "balanced":
+            raise ValueError("class_weight='balanced' counts all rows, which partial_fit does not see; give a dict")
+        if _check_partial_fit_first_call(self, classes):
+            self._learn_labels(y if type_of_target(y).startswith("multilabel") else classes)
+        return self._fit(X, y, sample_weight, None, incremental=True)
+
+    def _learn_labels(self, y: Any) -> None:
+        self._label_binarizer = LabelBinarizer().fit(y)
+        self.classes_ = self._label_binarizer.classes_
+
+    @property
+    def _is_multilabel(self) -> bool:
+        return self._label_binarizer.y_type_.startswith("multilabel")
+
+    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", multi_output=True, dtype=(np.float64, np.float32), reset=reset
+        )
+        y = _dense(y)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        if not hasattr(self, "classes_") or not (self.warm_start or incremental):
+            check_classification_targets(y)
+            self._learn_labels(y)
+            return X, y
+        classes = unique_labels(y)
+        if self.warm_start and not incremental and set(classes) != set(self.classes_):
+            raise ValueError(
+                "warm_start can only be used where `y` has the same classes as in the previous call to fit. "
+                f"Previously got {self.classes_}, `y` has {classes}"
+            )
+        if len(np.setdiff1d(classes, self.classes_, assume_unique=True)):
+            raise ValueError(
+                f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
+            )
+        return X, y
+
+    def _encode(self, y: np.ndarray) -> np.ndarray:
+        """Labels (n,) of several classes, or (n, n_outputs) of 0 and 1."""
+        if self._is_multilabel:
+            return np.asarray(y, np.float64)
+        labels = np.searchsorted(self.classes_, y)
+        return labels if len(self.classes_) > 2 else labels[:, None]
+
+    def _decode(self, y: np.ndarray) -> np.ndarray:
+        return y.astype(int) if self._is_multilabel else self.classes_[y.reshape(-1)]
+
+    def _task(self, y: np.ndarray) -> Task:
+        if y.ndim == 1:
+            loss = Loss("softmax_cross_entropy", label_smoothing=self.label_smoothing)
+            return Task(loss, len(self.classes_), "accuracy", 1.0, 1.0)
+        outputs = y.shape[1]
+        loss = Loss("binary_cross_entropy", label_smoothing=self.label_smoothing)
+        return Task(loss, outputs, "subset_accuracy" if outputs > 1 else "accuracy", outputs, outputs)
+
+    def _stratifies(self, task: Task) -> bool:
+        return task.outputs == 1  # as scikit-learn: two classes only
+
+    def _weigh_classes(self, train: Rows, y: Any) -> Rows:
+        if self.class_weight is None:
+            return train
+        weight = compute_sample_weight(self.class_weight, self._decode(train.y) if y is None else y)
+        return Rows(train.X, train.y, weight if train.weight is None else weight * train.weight)
+
+    def _name_outputs(self, network: Network) -> None:
+        """Let ``network_.predict`` answer with the labels too, where they are of a kind that a model's file holds."""
+        names = self.classes_
+        if names.dtype == object and all(isinstance(name, str) for name in names):
+            names = names.astype(str)
+        if not self._is_multilabel and len(names) > 1 and names.dtype.kind in "iuU":
+            network.classes = names
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Labels (n_samples,), or (n_samples, n_outputs) of 0 and 1. Raises ValueError, NotFittedError."""
+        z = self._logits(X)
+        if self._is_multilabel:
+            return (z > 0).astype(int)
+        if len(self.classes_) == 1:
+            return np.repeat(self.classes_, len(z))
+        return self.classes_[(z[:, 0] > 0).astype(int) if z.shape[1] == 1 else z.argmax(axis=1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (n_samples, n_classes) in the order of ``classes_``. Raises ValueError, NotFittedError."""
+        z = self._logits(X)
+        p = output_values(z, "softmax" if self.out_activation_ == "softmax" else "sigmoid")
+        return np.concatenate([1 - p, p], axis=1) if p.shape[1] == 1 else p
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """The logarithm of ``predict_proba``, in its shape. Raises ValueError, NotFittedError."""
+        p = self.predict_proba(X)
+        with np.errstate(divide="ignore"):
+            return np.log(p, out=p)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class MLPRegressor(RegressorMixin, _MLP):
+    """A multi-layer perceptron for values, with scikit-learn's parameters.
+
+    Args:
+        loss: "squared_error" (halved, as scikit-learn's), "poisson" (half the deviance; the output is an exponential);
+            and "absolute_error", "huber" (δ = 1, in the units of y) and "quantile".
+        quantiles: of ``loss="quantile"``, each in (0, 1), ascending. Several give one output each, for one column of y;
+            ``predict`` sorts a row's, so that they never cross (Chernozhukov et al. 2010).
+        scoring: as ``MLPClassifier``; None is R², for quantiles the negative loss.
+
+    All other parameters and attributes are those of ``MLPClassifier``, less those about classes.
+
+    Raises:
+        ValueError: parameters out of range, when ``fit`` is called.
+    """
+
+    _parameter_constraints: dict = {  # noqa: RUF012
+        **_MLP._parameter_constraints,
+        "loss": [StrOptions({"squared_error", "poisson", "absolute_error", "huber", "quantile"})],
+        "quantiles": [list, tuple, np.ndarray],
+    }
+
+    def __init__(
+        self, loss="squared_error", hidden_layer_sizes=(100,), activation="relu", *, solver="adam", alpha=0.0001,
+        batch_size="auto", learning_rate="constant", learning_rate_init=0.001, power_t=0.5, max_iter=200, shuffle=True,
+        random_state=None, tol=1e-4, verbose=False, warm_start=False, momentum=0.9, nesterovs_momentum=True,
+        early_stopping=False, validation_fraction=0.1, beta_1=0.9, beta_2=0.999, epsilon=1e-8, n_iter_no_change=10,
+        max_fun=15000, quantiles=(0.5,), dropout=0.0, norm=None, schedule=None, max_grad_norm=None, scoring=None,
+        callbacks=None, time_limit=None, device="auto", dtype=None,
+    ):  # fmt: skip
+        _keep(locals())
+
+    @available_if(lambda self: self._is_stochastic())
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
+        """Train for one epoch on these rows. Errors as in ``fit``."""
+        return self._fit(X, y, sample_weight, None, incremental=True)
+
+    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", multi_output=True, y_numeric=True, dtype=(np.float64, np.float32),
+            reset=reset,
+        )  # fmt: skip
+        y = _dense(y)
+        return X, column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
+
+    def _encode(self, y: np.ndarray) -> np.ndarray:
+        y = y if y.ndim == 2 else y[:, None]
+        if self.loss != "quantile":
+            return y
+        if y.shape[1] > 1:
+            raise ValueError(f"loss='quantile' takes one column of y, got {y.shape[1]}; fit an estimator for each")
+        return np.repeat(y, len(self._checked_quantiles()), axis=1)
+
+    def _decode(self, y: np.ndarray) -> np.ndarray:
+        return y[:, 0] if y.shape[1] == 1 or self.loss == "quantile" else y
+
+    def _checked_quantiles(self) -> np.ndarray:
+        q = np.asarray(self.quantiles, np.float64)
+        if q.ndim != 1 or not len(q) or not ((q > 0) & (q < 1)).all() or (np.diff(q) <= 0).any():
+            raise ValueError(f"quantiles={self.quantiles!r} must be numbers in (0, 1), ascending, at least one")
+        return q
+
+    def _task(self, y: np.ndarray) -> Task:
+        outputs = y.shape[1]
+        if self.loss == "quantile":
+            return Task(Loss("quantile", quantile=self._checked_quantiles()), outputs, None, 1.0, outputs)
+        # scikit-learn reports the mean over outputs of squared errors, and the sum of Poisson deviances.
+        factor = {"squared_error": 0.5, "poisson": float(outputs)}.get(self.loss, 1.0)
+        return Task(Loss(self.loss), outputs, "r2", factor, outputs * min(factor, 1.0))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Values (n_samples,) or (n_samples, n_outputs); several quantiles ascending. Raises ValueError, NotFittedError."""
+        values = output_values(self._logits(X), self.out_activation_)
+        if self.loss == "quantile":
+            values = np.sort(values, axis=1)
+        return values[:, 0] if values.shape[1] == 1 else values
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R²; of quantiles, the mean D² of the pinball loss (scikit-learn's ``d2_pinball_score``)."""
+        if self.loss != "quantile":
+            return super().score(X, y, sample_weight)
+        predicted = self.predict(X).reshape(len(y), -1).T
+        return float(
+            np.mean(
+                [
+                    d2_pinball_score(y, p, alpha=q, sample_weight=sample_weight)
+                    for p, q in zip(predicted, self._checked_quantiles(), strict=True)
+                ]
+            )
+        )
+
+
+# --- parts
+
+
+def _keep(values: dict[str, Any]) -> None:
+    """Store a constructor's arguments as they are, which ``clone`` and ``get_params`` rely on."""
+    self: Any = values.pop("self")
+    values.pop("__class__", None)
+    vars(self).update(values)
+
+
+def _dense(X: Any) -> np.ndarray:
+    return X.toarray() if hasattr(X, "toarray") else X
+
+
+def _squared_norm(network: Network) -> float:
+    w = network.flat[:, : network.n_weights]
+    return float(network.backend.dot(w, w)[0])
+
+
+def _offset(task: Task, rows: Rows) -> float:
+    """What the Poisson deviance has beyond the loss, Σ y log y - y over outputs, which no weight of the network changes."""
+    if task.loss.name != "poisson":
+        return 0.0
+    y = np.asarray(rows.y, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own = np.where(y > 0, y * np.log(y) - y, 0.0).sum(axis=1)
+    return float(np.average(own, weights=rows.weight))
+
+
+def _sklearn_weights(random_state: Any, sizes: Sequence[int], activations: list) -> list | None:
+    """Weights and biases as scikit-learn draws them, uniform within √(6 / (fan_in + fan_out)) (2 for logistic).
+
+    None where an activation is not one of its four: its layers take the library's initializers.
+    """
+    if not all(isinstance(f, str) and f in SKLEARN_ACTIVATIONS for f in activations):
+        return None
+    drawn = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        own = activations[min(i, len(activations) - 1)] if activations else "relu"
+        bound = np.sqrt((2.0 if own == "logistic" else 6.0) / (fan_in + fan_out))
+        W = random_state.uniform(-bound, bound, (fan_in, fan_out))
+        drawn.append((W, random_state.uniform(-bound, bound, fan_out)))
+    return drawn
+
+
+def _probabilities_if_one_class(y: np.ndarray, task: Task, dtype: np.dtype) -> np.ndarray:
+    """Labels of one class only, which the trainer refuses as a mistake but partial_fit may bring, as probabilities."""
+    if not task.loss.row.is_classifier or (y != y[0]).any():
+        return y
+    if y.ndim == 1:
+        return np.eye(task.outputs, dtype=dtype)[y]
+    y = y.astype(dtype)
+    if task.outputs == 1:  # one step away from 0 or 1, which no loss can tell
+        y[0] = np.finfo(dtype).tiny if y[0] == 0 else np.nextafter(dtype.type(1), dtype.type(0))
+    return y

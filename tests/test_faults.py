@@ -30,6 +30,12 @@ ENV = os.environ | {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """As far as a state's environment goes, what children save and this process resumes is of one."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", ENV["OPENBLAS_NUM_THREADS"])
+
+
 # --- what the processes do -------------------------------------------------------------------------------------------
 
 

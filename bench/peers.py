@@ -12,6 +12,7 @@ Libraries are imported inside the functions: a child loads its own peer's thread
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -356,7 +357,12 @@ def _captured(steps: Callable[[], None], optimizer: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         steps()
-    return graph.replay
+    return functools.partial(_replay, graph, steps)
+
+
+def _replay(graph: Any, _captured: Callable[[], None]) -> None:
+    """A graph keeps no tensor alive that it was recorded with; the function that launched it does."""
+    graph.replay()
 
 
 # --- JAX ------------------------------------------------------------------------------------------------------------

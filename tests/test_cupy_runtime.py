@@ -428,7 +428,8 @@ def test_an_exported_array_is_a_copy_in_the_other_librarys_memory(foreign, runti
     assert runtime._stream.waited[-1] is foreign.current  # x may be given back, but not before it is read
 
     tensor = type("Tensor", (), {"__module__": "torch"})()
-    foreign.cuda.ExternalStream = lambda ptr: Stream(foreign, ptr)
+    from_external = lambda stream: Stream(foreign, stream.__cuda_stream__()[1])  # noqa: E731
+    foreign.cuda.Stream = SimpleNamespace(from_external=from_external)
     torch = SimpleNamespace(
         from_dlpack=lambda view: SimpleNamespace(clone=lambda: (view, *foreign.streams)),
         cuda=SimpleNamespace(current_stream=lambda index: SimpleNamespace(cuda_stream=77)),

@@ -358,7 +358,8 @@ class CupyRuntime:
                 torch = sys.modules["torch"]
                 with self._stream:  # the stream that PyTorch's one is made to wait for
                     copy = torch.from_dlpack(view).clone()
-                stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self._index).cuda_stream)
+                foreign = _ForeignStream(torch.cuda.current_stream(self._index).cuda_stream)
+                stream = cupy.cuda.Stream.from_external(foreign)
             else:
                 stream = cupy.cuda.get_current_stream()
                 stream.wait_event(self._stream.record())
@@ -376,6 +377,16 @@ class _Event:
 
     def wait(self) -> None:
         self.mark.synchronize()
+
+
+class _ForeignStream:
+    """Another library's stream, as the CUDA stream protocol hands it on; not every PyTorch that works here speaks it."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # the protocol's version, the stream
 
 
 def _refuse(nbytes: int) -> Any:

@@ -188,6 +188,7 @@ def test_products_agree_with_numpy(runtime, epilogue, type, models, m, k, n):
     except ValueError as error:  # a type, strides or an alignment that cuBLASLt has no epilogue for
         assert epilogue not in ("", "adds"), error
         pytest.skip(str(error))
+    held["out"][...] = host["out"]  # to choose an algorithm, several ran
     multiply()
     for name, wanted in reference(product, host).items():
         np.testing.assert_allclose(

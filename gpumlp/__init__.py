@@ -13,7 +13,7 @@ from .checkpoints import Checkpoint
 from .container import FileError
 from .data import batches
 from .files import load
-from .layers import Add, Concat, Dense, Input
+from .layers import Add, Concat, Dense, Embedding, Input
 from .losses import Loss
 from .network import Network
 from .optimizers import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
@@ -41,6 +41,7 @@ __all__ = [
     "Dense",
     "DivergedError",
     "EarlyStopping",
+    "Embedding",
     "Exponential",
     "FileError",
     "GaussianNoise",

@@ -106,6 +106,11 @@ def _models(x: np.ndarray, draw: Draw):
 def check_augmentation(augment: Any, network: Any) -> tuple:
     """The augmentations as a tuple. Raises TypeError and ValueError where one does not fit the network or its loss."""
     augment = tuple(augment) if isinstance(augment, list | tuple) else (augment,)
+    if augment and network.code_sizes:
+        raise ValueError(
+            "augment changes numbers, and this network's rows hold codes of categories: leave augment out, or have the "
+            "categories one-hot (TableEncoder(one_hot_limit=...))"
+        )
     for row in augment:
         if not isinstance(row, GaussianNoise | Mixup | RandomShift):
             raise TypeError(f"augment holds {row!r}; allowed: GaussianNoise, Mixup, RandomShift")

@@ -10,12 +10,13 @@ import numpy as np
 from .activations import Activation, get_activation
 from .backends import get_backend
 from .container import Form, pack, read, refusing, unpack, write_atomically
-from .layers import Add, Concat, Dense, InputLayer
+from .data.encoding import TableEncoder, tensor_forms
+from .layers import Add, Concat, Dense, Embedding, InputLayer
 from .losses import LOSSES, Loss
 from .network import DTYPES, SCALINGS, Network
 from .places import arrange, connect, tensor_shapes
 
-LAYERS = {layer.kind: layer for layer in (InputLayer, Dense, Add, Concat)}
+LAYERS = {layer.kind: layer for layer in (InputLayer, Embedding, Dense, Add, Concat)}
 
 # What a file may ask for. Parameters are bounded by the file's size, since they lie in it; these bound the rest.
 MOST_LAYERS = 1_000
@@ -49,6 +50,8 @@ def to_bytes(network: Network) -> bytes:
     """The model as the content of a file."""
     tensors = {**network.parameters, **network.statistics}
     tensors |= {f"{network.places[0].name}.{name}": v for name in SCALINGS if (v := getattr(network, name)) is not None}
+    if network.encoder is not None:
+        tensors |= {f"encoder.{name}": values for name, values in network.encoder.tensors().items()}
     config = describe(network)
     _model_tensors(config)  # what no reader takes is not written
     _loss(config["loss"], network.models, network.n_outputs)
@@ -63,7 +66,9 @@ def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> 
     def build() -> Network:
         first, last = connect([_layer(d) for d in config["layers"]], config["reads"])
         options = {name: config[name] for name in ("models", "dtype", "standardize", "standardize_targets")}
-        network = Network(first, last, seed=config["seeds"], device=device, **options)
+        network = Network(
+            first, last, seed=config["seeds"], device=device, encoder=_encoder(config, tensors), **options
+        )
         network.streams[...], network.steps[...] = config["streams"], config["steps"]
         for name, values in {**network.parameters, **network.statistics}.items():
             values[...] = tensors[name]
@@ -97,6 +102,7 @@ def describe(network: Network) -> dict[str, Any]:
         "classes": None if network.classes is None else network.classes.tolist(),
         "feature_names": network.feature_names,
         "target_names": network.target_names,
+        "encoder": None if network.encoder is None else network.encoder.describe(),
         "loss": None if network.loss is None else network.loss.describe(),
     }
 
@@ -112,7 +118,9 @@ def _describe_layer(place: Any) -> dict[str, Any]:
             known = None
         if known is None or _functions(known) != _functions(activation):
             raise ValueError(f"activation {activation.name!r} is not in gpumlp's table: a file cannot name it")
-        values |= {"activation": activation.spec, "name": place.name}
+        values |= {"activation": activation.spec}
+    if "name" in values:
+        values["name"] = place.name
     if "dropout" in values:
         values["dropout"] = np.asarray(values["dropout"], float).tolist()
     return {"kind": place.layer.kind} | values
@@ -125,6 +133,13 @@ def _functions(activation: Activation) -> list[Any]:
 def _layer(description: dict[str, Any]) -> Any:
     values = dict(description)
     return LAYERS[values.pop("kind")](**values)
+
+
+def _encoder(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> TableEncoder | None:
+    if config.get("encoder") is None:  # files of version 0.1 have none
+        return None
+    own = {name.removeprefix("encoder."): v for name, v in tensors.items() if name.startswith("encoder.")}
+    return TableEncoder.from_description(config["encoder"], own)
 
 
 def _loss(description: dict[str, Any] | None, models: int, outputs: int) -> Loss | None:
@@ -196,4 +211,7 @@ def _model_tensors(config: dict[str, Any]) -> tuple[list, dict[str, Form]]:
         width = places[-1].units if name.startswith("target") else places[0].units
         shapes[f"{places[0].name}.{name}"] = (models, width)
     dtype = np.dtype(config["dtype"])
-    return places, {name: (dtype, shape) for name, shape in shapes.items()}
+    forms: dict[str, Form] = {name: (dtype, shape) for name, shape in shapes.items()}
+    if config.get("encoder") is not None:
+        forms |= {f"encoder.{name}": form for name, form in tensor_forms(config["encoder"]).items()}
+    return places, forms

@@ -129,6 +129,44 @@ class Dense(_Callable):
 
 
 @dataclass(frozen=True)
+class Embedding(_Callable):
+    """Categories as vectors that are learned: a column of codes becomes, row by row, the vector of its code.
+
+    It reads the Input, whose last columns hold codes, 0, 1, ..., as whole numbers; the columns before them pass through:
+
+        out = [x_0, ..., x_k, E_1[code_1], E_2[code_2], ...]
+
+    Args:
+        sizes: of each column of codes, how many there are. Code 0 stands for what is unknown: its vector begins as zeros,
+            as any code does that no row of the training has. A code out of range is 0.
+        units: length of a vector.
+        initializer: of the vectors, a name of ``gpumlp.initializers.INITIALIZERS``. By the default their length is about 1,
+            as that of a one-hot row.
+        name: as ``Dense``.
+
+    Source: Guo & Berkhahn 2016, Entity Embeddings of Categorical Variables.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names it and what is.
+    """
+
+    sizes: tuple[int, ...]
+    units: int = 8
+    initializer: str = field(default="lecun_normal", kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    kind: ClassVar[str] = "embedding"
+
+    def __post_init__(self) -> None:
+        check_units(self.units, "units")
+        if not isinstance(self.sizes, list | tuple) or not self.sizes:
+            raise ValueError(f"sizes={self.sizes!r} must be a list with the number of codes of each column")
+        for size in self.sizes:
+            check_units(size, "sizes")
+        object.__setattr__(self, "sizes", tuple(int(size) for size in self.sizes))
+        get_initializer(self.initializer)
+
+
+@dataclass(frozen=True)
 class Add(_Callable):
     """The sum of nodes of one width: a residual connection (He et al. 2016)."""
 

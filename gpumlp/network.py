@@ -10,9 +10,11 @@ import numpy as np
 
 from . import random
 from .backends import get_backend
-from .data.checks import check_X
+from .data.checks import check_codes, check_X
+from .data.encoding import TableEncoder
 from .data.scaling import standardization
 from .initializers import get_initializer
+from .layers import Embedding
 from .losses import Loss, get_loss, output_values
 from .places import arrange, connect, graph, tensor_shapes
 from .workspace import Workspace
@@ -44,6 +46,9 @@ class Network:
         standardize_targets: learn the mean and standard deviation of each column of y too: the network then fits
             (y - μ) / σ, and predictions are in the units of y. For losses over values.
         input_dropout: rate at the input, for a list of layers.
+        encoder: a fitted ``gm.TableEncoder``: X is then a table as it comes, wherever the network takes data, and the file
+            of the model holds what the encoder learned. ``n_features`` follows from it, and a list of layers gets an
+            ``Embedding`` at its head where the encoder has columns of codes.
 
     Attributes:
         parameters: name → array, say "dense_0.W" (models, fan_out, fan_in) and "dense_0.b" (models, fan_out). Views of
@@ -71,6 +76,7 @@ class Network:
         standardize: bool | str | None = False,
         standardize_targets: bool = False,
         input_dropout: Any = 0.0,
+        encoder: TableEncoder | None = None,
     ) -> None:
         self.backend, self.device_reason = get_backend(device)
         self.is_fleet = models is not None
@@ -91,14 +97,20 @@ class Network:
         self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
         self.seeds, self.streams = self._seeds(seed)
         self.steps = np.zeros(self.models, np.int64)  # updates made to each model
+        self.encoder = encoder
+        if encoder is not None:
+            architecture, n_features = _for_tables(encoder, architecture, n_features)
         self.places = arrange(*graph(architecture, n_features, input_dropout), self.models)
+        # Of each column of codes, which stand last in X, how many there are.
+        self.code_sizes: tuple[int, ...] = sum((p.layer.sizes for p in self.places if p.is_embedding), ())
+        self._check_encoder()
         self._limits = [
             (f"{p.name}.W", p.layer.max_norm) for p in self.places if p.is_dense and p.layer.max_norm is not None
         ]
         self.n_features, self.n_outputs = self.places[0].units, self.places[-1].units
         self._allocate()
         self.initialize()
-        self.feature_names: list[str] | None = None
+        self.feature_names: list[str] | None = None if encoder is None else encoder.feature_names
         self.target_names: list[str] | None = None
         self._loss: Loss | None = None
         self._training: Workspace | None = None
@@ -116,6 +128,17 @@ class Network:
         for one in seed:
             random.check_seed(one)
         return np.array([int(one) for one in seed], np.uint64), np.zeros(self.models, np.int64)
+
+    def _check_encoder(self) -> None:
+        encoder = self.encoder
+        if encoder is None:
+            return
+        made = (encoder.n_features, tuple(encoder.code_sizes))
+        if made != (self.places[0].units, self.code_sizes):
+            raise ValueError(
+                f"the encoder makes {made[0]} columns, with codes of sizes {list(made[1])} at their end; the network takes "
+                f"{self.places[0].units}, with codes of sizes {list(self.code_sizes)}"
+            )
 
     def _allocate(self) -> None:
         offsets, end, self.n_weights = {}, 0, 0
@@ -159,9 +182,10 @@ class Network:
         flat = np.zeros(self.flat.shape, self.dtype)  # drawn on the host
         parameters = self._views(flat)
         for place in self.places:
-            if not place.is_dense:
+            if not (place.is_dense or place.is_embedding):
                 continue
             initializer = get_initializer(place.layer.initializer or place.layer.f.initializer)
+            drawn = parameters[f"{place.name}.{'W' if place.is_dense else 'E'}"]
             for i in range(self.models):
                 generator = random.generator(
                     seed=int(self.seeds[i]),
@@ -169,7 +193,9 @@ class Network:
                     model=int(self.streams[i]),
                     layer=place.index,
                 )
-                parameters[f"{place.name}.W"][i] = initializer.draw(generator, place.units, place.fan_in)
+                drawn[i] = initializer.draw(generator, *drawn.shape[1:])
+            if place.is_embedding:
+                drawn[:, np.cumsum([0, *place.layer.sizes[:-1]])] = 0.0  # of each column's code 0
             if f"{place.name}.gamma" in parameters:
                 parameters[f"{place.name}.gamma"][...] = 1.0
         self.flat[...] = flat
@@ -231,12 +257,19 @@ class Network:
     def check_X(self, X: Any, name: str = "X") -> Any:
         """X (n_samples, n_features) checked, as an array of the host, or without a copy where it lies on the network's GPU.
 
+        With an encoder X is a table, and the answer what it becomes: for a loop of one's own.
+
         Raises:
-            TypeError, ValueError: as ``gpumlp.data.checks.check_X``; an array on a device that the network is not on.
+            TypeError, ValueError: as ``gpumlp.data.checks.check_X``, or as ``TableEncoder.transform``; an array on a device
+                that the network is not on; a code that no column has.
         """
+        if self.encoder is not None:
+            return self.encoder.transform(X)
         there = self.backend.adopt(X)
         if there is None:
-            return check_X(X, self.n_features, name=name, dtype=self.dtype)
+            X = check_X(X, self.n_features, name=name, dtype=self.dtype)
+            check_codes(X, self.code_sizes, name)
+            return X
         if there.ndim != 2 or there.shape[1] != self.n_features or not len(there):
             raise ValueError(
                 f"{name} has shape {there.shape}; expected (n_samples, {self.n_features}), n_samples at least 1"
@@ -290,14 +323,19 @@ class Network:
             y: (n_samples, n_outputs); not read where targets stay as they are.
             rows: the rows that each model sees; None for all.
         """
-        if self.standardize is not None:
-            self.shift, self.scale = self._learn(X, rows, self.standardize)
+        numbers = self.n_features - len(self.code_sizes)
+        if self.standardize is not None and numbers:
+            self.shift, self.scale = np.zeros((2, self.models, self.n_features), self.dtype)
+            self.scale[...] = 1.0  # codes stay as they are
+            self.shift[:, :numbers], self.scale[:, :numbers] = self._learn(X, rows, self.standardize, slice(0, numbers))
         if self.standardize_targets:
             self.target_shift, self.target_scale = self._learn(y, rows, "columns")
             self.target_scale[self.target_scale == 0] = 1.0  # predictions divide by it
 
-    def _learn(self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        values = self.backend.to_numpy(values)
+    def _learn(
+        self, values: np.ndarray, rows: list[np.ndarray] | None, mode: str, columns: slice = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        values = self.backend.to_numpy(values)[:, columns]
         parts: list[Any] = list(rows) if rows else [None]
         learned = [standardization(values, part, mode=mode) for part in parts]
         shape = (self.models, values.shape[1])
@@ -481,6 +519,7 @@ class Network:
             precision=self.precision if dtype is None else "float32",
             standardize=self.standardize,
             standardize_targets=self.standardize_targets,
+            encoder=self.encoder,
         )
         new.streams, new.steps = self.streams[part].copy(), self.steps[part].copy()
         here = self.backend.to_numpy
@@ -549,6 +588,22 @@ class Network:
         from .diagnostics import diagnose
 
         return diagnose(self, X, y, loss)
+
+
+def _for_tables(encoder: TableEncoder, architecture: tuple, n_features: int | None) -> tuple[tuple, int | None]:
+    """The architecture behind an encoder, and its width: a list of layers gets what makes vectors of codes."""
+    if not isinstance(encoder, TableEncoder):
+        raise TypeError(f"encoder={encoder!r} must be a gm.TableEncoder that was fitted")
+    if len(architecture) != 1:  # a graph has an Input of its own
+        return architecture, n_features
+    if n_features not in (None, encoder.n_features):
+        raise ValueError(
+            f"n_features={n_features} but the encoder makes {encoder.n_features} columns; leave n_features out"
+        )
+    layers = list(architecture[0]) if isinstance(architecture[0], list | tuple) else architecture[0]
+    if encoder.code_sizes and isinstance(layers, list) and not isinstance(layers[:1] and layers[0], Embedding):
+        layers = [Embedding(tuple(encoder.code_sizes)), *layers]
+    return (layers,), encoder.n_features
 
 
 def _copy_models(into: Any, values: Any, models: np.ndarray) -> None:

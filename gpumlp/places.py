@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .layers import Dense, Input, Node, topological_order
+from .layers import Dense, Embedding, Input, Node, topological_order
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Place:
     @property
     def is_dense(self) -> bool:
         return isinstance(self.layer, Dense)
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.layer, Embedding)
 
 
 def connect(layers: list[Any], inputs: list[tuple[int, ...]]) -> tuple[Node, Node]:
@@ -52,9 +56,12 @@ def graph(architecture: tuple, n_features: int | None, input_dropout: Any) -> tu
     if not architecture[0]:
         raise ValueError("the list of layers is empty; the last layer, say gm.Dense(10), gives the outputs")
     node = first = Input(n_features, input_dropout)
-    for layer in architecture[0]:
-        if not isinstance(layer, Dense):
-            raise ValueError(f"a list of layers holds gm.Dense layers, got {layer!r}; join branches with nodes instead")
+    for i, layer in enumerate(architecture[0]):
+        if not isinstance(layer, Dense) and not (i == 0 and isinstance(layer, Embedding)):
+            raise ValueError(
+                f"a list of layers holds gm.Dense layers, and perhaps a gm.Embedding before them, got {layer!r}; join "
+                "branches with nodes instead"
+            )
         node = layer(node)
     return first, node
 
@@ -74,6 +81,8 @@ def arrange(first: Node, last: Node, models: int) -> list[Place]:
         widths = [places[j].units for j in inputs]
         kind = layer.kind
         units = int(layer.units) if kind in ("input", "dense") else sum(widths) if kind == "concat" else widths[0]
+        if kind == "embedding":
+            units += len(layer.sizes) * (int(layer.units) - 1)
         if kind == "add" and len(set(widths)) > 1:
             raise ValueError(f"Add joins nodes of one width, got widths {widths}")
         name = getattr(layer, "name", None) or (kind if kind == "input" else f"{kind}_{counts.get(kind, 0)}")
@@ -86,13 +95,36 @@ def arrange(first: Node, last: Node, models: int) -> list[Place]:
                 f"dropout of {name} has {len(rates)} values for {models} models; give one, or one for each"
             )
         places.append(Place(i, layer, name, inputs, sum(widths), units, np.broadcast_to(rates, (models,))))
+    _check_embedding(places)
     return places
+
+
+def _check_embedding(places: list[Place]) -> None:
+    """Codes are no numbers to compute with: whoever reads the Input of an Embedding has to be that Embedding."""
+    readers = [place for place in places if 0 in place.inputs]
+    for place in places:
+        if not place.is_embedding:
+            continue
+        if readers != [place]:
+            others = ", ".join(reader.name for reader in readers if reader is not place) or "none"
+            raise ValueError(
+                f"{place.name} must read the Input, and nothing else may, which has codes in it (now: {others}); let other "
+                "layers read the embedding's output, where numbers pass through"
+            )
+        if len(place.layer.sizes) > places[0].units:
+            raise ValueError(
+                f"{place.name} has sizes for {len(place.layer.sizes)} columns of codes, "
+                f"the Input has {places[0].units} columns"
+            )
+        if places[0].dropout.any():
+            raise ValueError("input dropout would make 0 of codes; use the dropout of the layers behind the Embedding")
 
 
 def tensor_shapes(places: list[Place]) -> dict[str, tuple[int, ...]]:
     """Name and shape of a model's parameters: the weights first, so that what is decayed is one stretch of the buffer."""
     dense = [place for place in places if place.is_dense]
     shapes: dict[str, tuple[int, ...]] = {f"{place.name}.W": (place.units, place.fan_in) for place in dense}
+    shapes |= {f"{p.name}.E": (sum(p.layer.sizes), int(p.layer.units)) for p in places if p.is_embedding}
     for place in dense:
         own = ["b"] * place.layer.has_bias + ["gamma", "beta"] * (place.layer.norm is not None)
         shapes |= {f"{place.name}.{name}": (place.units,) for name in own}

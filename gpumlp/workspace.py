@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .backends.base import Dense, Dropout, Join, Norm
+import numpy as np
+
+from .backends.base import Dense, Dropout, Embed, Join, Norm
 from .layers import Concat
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class Workspace:
         for operation in self.operations:
             if isinstance(operation, Dense):
                 backend.dense_forward(operation, draw, update_running)
+            elif isinstance(operation, Embed):
+                backend.embed_forward(operation)
             else:
                 backend.join(operation)
         return self.logits
@@ -84,6 +88,8 @@ class Workspace:
         for operation in reversed(self.operations):
             if isinstance(operation, Dense):
                 backend.dense_backward(operation, self.draw)
+            elif isinstance(operation, Embed):
+                backend.embed_backward(operation)
             else:
                 backend.split(operation)
 
@@ -91,18 +97,24 @@ class Workspace:
 
     def _build(self) -> None:
         places = self.network.places
-        self.x = self._buffer("x", places[0].units, models=self.models if self.per_model_rows else slice(0, 1))
+        rows_of = self.models if self.per_model_rows else slice(0, 1)
+        # Two bytes hold no code beyond 256, so columns of codes lie in the type of the parameters.
+        self.x = self._buffer(
+            "x", places[0].units, models=rows_of, dtype=self.network.dtype if self.network.code_sizes else None
+        )
         outputs: list[Array] = []  # of each place
         gradients: list[Array] = []  # with respect to them
         self.input_dropout = self._dropout(places[0], self.x, None)
         outputs.append(self.x if self.input_dropout is None else self.input_dropout.out)
         gradients.append(None)
-        self.operations: list[Dense | Join] = []
+        self.operations: list[Dense | Embed | Join] = []
         for place in places[1:]:
             d = self._buffer(f"{place.index}.d", place.units) if self.training else None
-            operation: Dense | Join
+            operation: Dense | Embed | Join
             if place.is_dense:
                 operation = self._dense(place, outputs[place.inputs[0]], d)
+            elif place.is_embedding:
+                operation = self._embed(place, d)
             else:
                 out = self._buffer(f"{place.index}.out", place.units)
                 operation = Join([outputs[i] for i in place.inputs], out, isinstance(place.layer, Concat), d, [])
@@ -121,11 +133,24 @@ class Workspace:
         written: set[int] = set()
         for place, operation in zip(reversed(places[1:]), reversed(self.operations), strict=True):
             for i in place.inputs:
+                if isinstance(operation, Embed):
+                    continue  # nobody asks for the gradient of a code
                 if isinstance(operation, Join):
                     operation.to.append((gradients[i], i in written))
                 else:
                     operation.dx, operation.dx_adds = gradients[i], i in written
                 written.add(i)
+
+    def _embed(self, place: Place, d: Array | None) -> Embed:
+        network, m, name = self.network, self.models, f"{place.name}.E"
+        return Embed(
+            x=self.x,
+            E=network.parameters[name][m],
+            starts=np.cumsum([0, *place.layer.sizes], dtype=np.int64),
+            out=self._buffer(f"{place.index}.out", place.units),
+            dE=network.gradients[name][m] if self.training else None,
+            d=d,
+        )
 
     def _dense(self, place: Place, x: Array, d: Array | None) -> Dense:
         n, m, layer = self.network, self.models, place.layer

@@ -55,9 +55,6 @@ struct Share {
     i32 first, step;
 };
 
-GM_DEVICE i64 thread_of_grid() { return i64(blockIdx.x) * blockDim.x + threadIdx.x; }
-GM_DEVICE i64 threads_of_grid() { return i64(gridDim.x) * blockDim.x; }
-
 // A row belongs to as many neighbouring threads, a power of two, as cover it: few for narrow rows, so that none idles; a warp
 // at most, or a block where there are that many threads for each row: a small batch waits for memory, not for its width.
 GM_DEVICE Share share_of_rows(i64 pieces, i64 rows) {

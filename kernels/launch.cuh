@@ -19,6 +19,10 @@ constexpr int GM_THREADS = 256;  // the largest block that an entry is compiled 
 #define GM_SHARED(T, name, size) __shared__ alignas(16) T name[size]
 #endif
 
+// Where a thread of one-dimensional blocks stands in the grid's x.
+GM_DEVICE i64 thread_of_grid() { return i64(blockIdx.x) * blockDim.x + threadIdx.x; }
+GM_DEVICE i64 threads_of_grid() { return i64(gridDim.x) * blockDim.x; }
+
 // --- two-byte floats
 
 GM_DEVICE u32 gm_float_bits(f32 x) {

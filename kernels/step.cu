@@ -2,9 +2,6 @@
 // the long vectors of L-BFGS. The definitions are gpumlp/train_step.py, gpumlp/random.py and gpumlp/lbfgs.py.
 // Blocks are one-dimensional; grid.y deals out models, except where a block is said to own one.
 
-GM_DEVICE i64 thread_of_grid() { return i64(blockIdx.x) * blockDim.x + threadIdx.x; }
-GM_DEVICE i64 threads_of_grid() { return i64(gridDim.x) * blockDim.x; }
-
 // Calls f(a[e], b[e]) for the elements of one thread of `threads`; b null: 1. A thread has the same elements in the same order
 // whether they lie at 16 bytes or not. Several loads are on their way at once: one block may have a long vector to itself.
 template <typename C, typename F> GM_DEVICE void for_pairs(const C* a, const C* b, i64 n, i64 thread, i64 threads, F f) {

@@ -368,6 +368,31 @@ def test_standardized_targets(backend):
         np.testing.assert_allclose(device.network.predict(X), host.network.predict(X), rtol=1e-4)
 
 
+CODES = (3, 200)  # two bytes hold no code beyond 256, and none is held in them
+
+
+def coded(n=N):
+    X, _ = table(n)
+    X = np.concatenate([X, np.random.default_rng(5).integers(0, CODES, (n, 2))], axis=1)
+    return X, ((X[:, -1] % 3) + X[:, -2]).astype(int) % 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "models", "tolerances"),
+    [("float32", None, {}), ("float32", 3, {}), ("bf16", 3, dict(rtol=0.05, weights=0.2))],
+)
+def test_codes_of_categories(precision, models, tolerances, backend):
+    def make(device):
+        layers = [gm.Embedding(CODES, units=3), gm.Dense(7, "relu"), gm.Dense(CLASSES)]
+        options = dict(models=models, seed=3, standardize=True, precision=precision, device=device)
+        return gm.Network(layers, n_features=FEATURES + 2, **options)
+
+    X, y = coded()
+    host, device = both(make, backend, X, y, validation_data=(X, y))
+    assert_same_fit(host, device, **tolerances)
+    np.testing.assert_allclose(device.network.logits(X), host.network.logits(X), atol=0.05 if tolerances else 1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 60, 61, 1000])
 def test_batches_of_any_size(batch_size, backend):
     """The last of one row, of all but one, alone; batch normalisation in each."""

@@ -95,6 +95,23 @@ class Join:
 
 
 @dataclass(slots=True)
+class Embed:
+    """Categories as vectors: out = [the numbers of x, for each column of codes the row of E that its code says]."""
+
+    x: Array  # (models or 1, batch, numbers + columns); the columns of codes stand last
+    E: Array  # (models, codes of all columns, units)
+    starts: np.ndarray  # (columns + 1,) int64: where in E the codes of each column begin, and end
+    out: Array  # (models, batch, numbers + columns · units)
+    dE: Array | None
+    d: Array | None  # gradient with respect to out
+    work: Any = None  # what a backend keeps for it
+
+    @property
+    def numbers(self) -> int:
+        return self.x.shape[2] - len(self.starts) + 1
+
+
+@dataclass(slots=True)
 class Batch:
     """A batch of rows: where it comes from and the buffers that it is gathered into."""
 
@@ -163,6 +180,12 @@ class Backend(Protocol):
 
     def dropout_forward(self, dropout: Dropout, draw: Draw | None) -> None:
         """Draw the mask and apply it; for prediction pass x on."""
+
+    def embed_forward(self, embed: Embed) -> None:
+        """Numbers as they are, codes as their vectors; a code that the column does not have counts as 0."""
+
+    def embed_backward(self, embed: Embed) -> None:
+        """dE ← for each code the sum of d over the rows that have it, in their order."""
 
     def join(self, join: Join) -> None: ...
     def split(self, join: Join) -> None:

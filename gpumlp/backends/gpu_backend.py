@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import random
 from ..losses import LOSSES
-from .base import Dense, Draw, Dropout, Join, Norm
+from .base import Dense, Draw, Dropout, Embed, Join, Norm
 from .device import TYPE_NAMES, DeviceArray, Runtime, bind
 from .gpu_work import LARGEST_GRID, PARTIALS, WARP, Counters, DenseWork, DeviceBatch, OptimizerWork
 
@@ -268,6 +268,36 @@ class GpuBackend:
         stride = 0 if len(x) < models else x.strides[0]
         draws = self._draws(dropout, draw)
         self._launch(f"dropout_{out.type}", grid, x, stride, out, out.strides[0], *draws, models, batch * units)
+
+    def embed_forward(self, embed: Embed) -> None:
+        models, batch, width = embed.out.shape
+        grid = (self._blocks(batch * width, 4), min(models, LARGEST_GRID))
+        self._launch(
+            f"embed_forward_{embed.x.type}_{embed.out.type}",
+            grid,
+            *(*self._codes(embed), embed.E, embed.E.strides[0], embed.E.shape[2]),
+            *(embed.out, embed.out.strides[0], models, batch),
+        )
+
+    def embed_backward(self, embed: Embed) -> None:
+        models, codes, units = embed.dE.shape  # type: ignore[union-attr]
+        batch, across = embed.out.shape[1], min(models, LARGEST_GRID)
+        dE, stride = embed.dE, embed.dE.strides[0]  # type: ignore[union-attr]
+        self._launch(
+            f"embed_clear_{embed.x.type}", (self._blocks(codes * units, 4), across), dE, stride, codes * units, models
+        )
+        self._launch(
+            f"embed_backward_{embed.x.type}_{embed.out.type}",
+            (self._row_blocks(batch * (len(embed.starts) - 1)), across),
+            *(*self._codes(embed), dE, stride, units, embed.d, embed.d.strides[0], models, batch),  # type: ignore[union-attr]
+        )
+
+    def _codes(self, embed: Embed) -> tuple:
+        """The arguments that say where a batch's codes are."""
+        if embed.work is None:
+            embed.work = self.asarray(embed.starts)
+        x = embed.x
+        return x, x.strides[0] if len(x) == len(embed.E) else 0, embed.numbers, embed.work, len(embed.starts) - 1
 
     def join(self, join: Join) -> None:
         start = 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import random
 from ..losses import weighted_mean
-from .base import Batch, Dense, Draw, Dropout, Join, Norm
+from .base import Batch, Dense, Draw, Dropout, Embed, Join, Norm
 
 CACHE_LINE = 64  # bytes
 BLOCK = 32_768  # elements that element-wise work handles at a time, so that they stay in the processor's cache
@@ -145,6 +145,19 @@ class NumpyBackend:
             )
         np.multiply(dropout.x, dropout.keep, out=dropout.out)  # type: ignore[arg-type]
 
+    def embed_forward(self, embed: Embed) -> None:
+        numbers = embed.numbers
+        np.copyto(embed.out[..., :numbers], embed.x[..., :numbers])
+        vectors = _vectors(embed.out, embed)
+        for m, rows in enumerate(_rows_of_codes(embed)):
+            vectors[m] = embed.E[m].take(rows, axis=0)  # (batch, columns, units)
+
+    def embed_backward(self, embed: Embed) -> None:
+        vectors, dE = _vectors(embed.d, embed), embed.dE
+        dE.fill(0)  # type: ignore[union-attr]
+        for m, rows in enumerate(_rows_of_codes(embed)):
+            np.add.at(dE[m], rows, vectors[m])  # type: ignore[index]
+
     def join(self, join: Join) -> None:
         if join.concat:
             stop = 0
@@ -196,6 +209,19 @@ class NumpyBackend:
         for _, penalties in bound.blocks(slice(0, bound.network.models)):
             if penalties is not None:
                 bound.regularise(*penalties)
+
+
+def _vectors(array: Any, embed: Embed) -> np.ndarray:
+    """The vectors in ``out`` or its gradient, (models, batch, columns, units): a view."""
+    return array[..., embed.numbers :].reshape(*array.shape[:2], len(embed.starts) - 1, embed.E.shape[2])
+
+
+def _rows_of_codes(embed: Embed) -> np.ndarray:
+    """Which rows of E the batch reads, (models, batch, columns) int64."""
+    codes, starts = embed.x[..., embed.numbers :], embed.starts
+    known = (codes >= 0) & (codes < np.diff(starts))
+    rows = np.where(known, codes, 0).astype(np.int64) + starts[:-1]
+    return np.broadcast_to(rows, (len(embed.E), *rows.shape[1:]))
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ copied only when their memory layout or dtype demands it.
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ def check_X(X: Any, n_features: int | None = None, name: str = "X", dtype: DType
     array = _native(array)
     _require_finite(array, name, dtype)
     return array
+
+
+def check_codes(X: np.ndarray, sizes: Sequence[int], name: str = "X") -> None:
+    """Raise ValueError unless the last columns of a checked X hold whole numbers from 0 to below ``sizes``."""
+    first = X.shape[1] - len(sizes)
+    for column, size in enumerate(sizes, start=first):
+        codes = X[:, column]
+        wrong = (codes < 0) | (codes >= size) | (codes != np.floor(codes))
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(
+                f"{name} holds {codes[row]:g} at row {row}, column {column}, a column of codes; "
+                f"they are whole numbers from 0 to {size - 1}"
+            )
 
 
 def check_targets(

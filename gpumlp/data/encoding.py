@@ -1,49 +1,27 @@
 """Tables as people keep them, numbers beside categories and missing cells, as the numbers that a network reads.
 
-What `TableEncoder.fit` learns is plain data, a configuration and arrays, so that a model file can hold it. A category
-is known by its text without surrounding spaces (1, 1.0 and "1" are the same one): a network trained on a data frame
-then understands the rows of a CSV file.
+What `TableEncoder.fit` learns is plain data, a configuration and arrays, so that a model file can hold it.
 """
 
-import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import pairwise
-from numbers import Number
 from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
-from .table import Table, is_number
+from .cells import LARGEST, Cells, all_cells, factorize, is_category, label_of, listed, numbers_of, open_table
+from .table import is_number
 
-MISSING = ("", "?")  # texts, without surrounding spaces, that stand for a missing cell
-MAX_CATEGORIES = 1_000_000
+MAX_CATEGORIES = 1 << 19  # of all columns together
 MAX_QUANTILES = 1000
+PIECES = 64  # of the range of a number, at most
 IMPUTATIONS = ("median", "mean")
-SCALINGS = (None, "standard", "robust", "quantile")
+SCALINGS = (None, "standard", "robust", "quantile", "piecewise")
 OPTIONS = ("categorical_features", "one_hot_limit", "impute", "scaling")
-LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)  # a spread below this is none: 1/spread would overflow float32
 ROUNDING = 1e-12  # nor is one below this part of the values: that is float64's rounding of the sums
-CONTAINERS = (list, tuple, dict, set, np.ndarray)
-TABLES = "a pandas, polars or pyarrow table, a dict of columns, a Table of text, or an array (samples, features)"
-SHOWN = 8  # at most so many names in a message
-
-
-@dataclass(frozen=True)
-class EncodedTable:
-    """What a network reads.
-
-    Fields:
-        X: (n, width) float32: numbers, indicators of missing cells, one-hot categories.
-        codes: (n, coded columns) int32: for each column of many categories which one, 0 for one never seen in `fit`;
-            a table of embeddings has `TableEncoder.code_sizes` rows for it.
-    """
-
-    X: np.ndarray
-    codes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +30,9 @@ class NumberColumn:
 
     Fields:
         missing: how many cells were missing in `fit`; where there were any, an indicator stands behind the number.
-        quantiles, scores: (q,) float64, ascending: the values of the column and the normal scores that they go to.
+        quantiles: (q,) float64, ascending: values of the column.
+        scores: (q,) float64, ascending: the normal scores that the quantiles go to; without them, each stretch between two
+            quantiles is a piece, with a column of its own behind the number.
     """
 
     name: str | None
@@ -64,8 +44,12 @@ class NumberColumn:
     scores: np.ndarray | None = None
 
     @property
+    def pieces(self) -> int:
+        return 0 if self.quantiles is None or self.scores is not None else len(self.quantiles) - 1
+
+    @property
     def width(self) -> int:
-        return 1 + (self.missing > 0)
+        return 1 + self.pieces + (self.missing > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +80,7 @@ class TableEncoder:
     """Learns in `fit` how a table's columns become numbers, and does it in `transform`.
 
     Numbers: missing cells become the median (or mean), with an indicator column where `fit` saw any; then scaling.
-    Categories: one-hot or, where there are many, integer codes for embeddings; missing cells are a category of their
+    Categories: one-hot or, where there are many, codes for an `Embedding`; missing cells are a category of their
     own where `fit` saw any. A category that `fit` did not see becomes all zeros, or code 0.
     Missing are None, NaN, pandas' NA and NaT, masked Arrow cells, and texts that are empty or "?".
 
@@ -111,7 +95,10 @@ class TableEncoder:
             - "standard": (x - mean) / standard deviation;
             - "robust": (x - median) / (75 % - 25 % quantile), or by the standard deviation where these are equal;
             - "quantile": to a normal distribution, piecewise linear through up to 1,000 quantiles and constant beyond
-              the smallest and largest: outliers lose their leverage.
+              the smallest and largest: outliers lose their leverage;
+            - "piecewise": as "standard", and behind each number how much of each of up to 64 pieces of its range lies
+              below it, (x - q_i) / (q_i+1 - q_i) within [0, 1], the q_i being quantiles: a layer can then fit any
+              function of one column (piecewise linear encoding, Gorishniy et al. 2022, equation 1).
 
     Fields: `columns`, a `NumberColumn` or `CategoryColumn` for each column of the table; None before `fit`.
 
@@ -129,7 +116,7 @@ class TableEncoder:
         if impute not in IMPUTATIONS:
             raise ValueError(f"impute is {impute!r}; it must be 'median' or 'mean'")
         if scaling not in SCALINGS:
-            raise ValueError(f"scaling is {scaling!r}; it must be None, 'standard', 'robust' or 'quantile'")
+            raise ValueError(f"scaling is {scaling!r}; it must be None, {_or(SCALINGS[1:])}")
         if isinstance(one_hot_limit, bool) or not isinstance(one_hot_limit, int | np.integer) or one_hot_limit < 0:
             raise ValueError(f"one_hot_limit is {one_hot_limit!r}; it must be a whole number, at least 0")
         self.categorical_features = _plain_choice(categorical_features)
@@ -153,25 +140,29 @@ class TableEncoder:
                 or beyond float32, a number column with other text in it, more than a million categories; the message
                 names the column, and the row where there is one (from 0).
         """
-        names, raw = _open(table)
-        cells = _all_cells(names, raw)
+        names, raw = open_table(table)
+        cells = all_cells(names, raw)
         chosen = self._chosen(names, len(cells))
         use = slice(None) if rows is None else np.asarray(rows)
         if rows is not None and len(cells[0].values[use]) == 0:
             raise ValueError("rows chooses no rows; the encoder needs at least one")
         columns: list[NumberColumn | CategoryColumn] = []
         for position, column in enumerate(cells):
-            label, name = _label(names, position), names[position] if names else None
-            categorical = _is_category(column, label) if chosen is None else position in chosen
+            label, name = label_of(names, position), names[position] if names else None
+            categorical = is_category(column, label) if chosen is None else position in chosen
             if categorical:
                 columns.append(_learn_category(name, column, use, label, self.one_hot_limit))
             else:
-                columns.append(_learn_number(name, _numbers(column, label)[use], self.impute, self.scaling))
+                columns.append(_learn_number(name, numbers_of(column, label)[use], self.impute, self.scaling))
+        _check_categories(columns)
         self.columns = columns  # at the end: a fit that fails leaves the encoder as it was
         return self
 
-    def transform(self, table: Any) -> EncodedTable:
-        """Encode a table; see `EncodedTable`.
+    def transform(self, table: Any) -> np.ndarray:
+        """What a network reads of a table: (n, n_features) float32.
+
+        First numbers, indicators of missing cells and one-hot categories, in the order of the columns; behind them, for
+        each column of many categories, a code as a whole number: which one, or 0 for one never seen in `fit`.
 
         Where `fit` saw names, columns are taken by name and others are ignored; a nameless array must have as many
         columns as `fit` saw.
@@ -180,24 +171,23 @@ class TableEncoder:
             there.
         """
         columns = self._fitted()
-        names, raw = self._in_order(*_open(table))  # before cells are looked at: what is ignored may hold anything
-        cells = _all_cells(names, raw)
-        X = np.zeros((len(cells[0].values), self.width), dtype=np.float32)
-        codes = np.empty((len(X), len(self.code_names)), dtype=np.int32)
-        start = coded = 0
+        names, raw = self._in_order(*open_table(table))  # before cells are looked at: what is ignored may hold anything
+        cells = all_cells(names, raw)
+        X = np.zeros((len(cells[0].values), self.n_features), dtype=np.float32)
+        start, coded = 0, self.n_features - len(self.code_sizes)
         for position, (column, values) in enumerate(zip(columns, cells, strict=True)):
-            label, out = _label(names, position), X[:, start : start + column.width]
+            label, out = label_of(names, position), X[:, start : start + column.width]
             if isinstance(column, NumberColumn):
-                _encode_number(column, _numbers(values, label), label, out)
+                _encode_number(column, numbers_of(values, label), label, out)
             elif column.coded:
-                codes[:, coded] = _codes(column, values, label)
+                X[:, coded] = _codes(column, values, label)
                 coded += 1
             else:
                 code = _codes(column, values, label)
                 seen = np.flatnonzero(code)
                 out[seen, code[seen] - 1] = 1.0
             start += column.width
-        return EncodedTable(X, codes)
+        return X
 
     # what was learned
 
@@ -208,26 +198,26 @@ class TableEncoder:
         return None if names[0] is None else [str(name) for name in names]
 
     @property
-    def width(self) -> int:
-        """Columns of `EncodedTable.X`."""
-        return sum(column.width for column in self._fitted())
+    def n_features(self) -> int:
+        """Columns of what `transform` returns."""
+        return sum(column.width for column in self._fitted()) + len(self.code_sizes)
 
     @property
     def output_names(self) -> list[str]:
-        """A name for each column of `EncodedTable.X`: "age", "age missing", "sex=Male"."""
+        """A name for each column of what `transform` returns: "age", "age missing", "sex=Male", "zip code" (its codes)."""
         found: list[str] = []
         for position, column in enumerate(self._fitted()):
             name = _name(column, position)
             missing = [f"{name} missing"] if column.missing else []
             if isinstance(column, NumberColumn):
-                found += [name, *missing]
+                found += [name, *(f"{name} piece {i}" for i in range(column.pieces)), *missing]
             elif not column.coded:
                 found += [*(f"{name}={word}" for word in column.words), *missing]
-        return found
+        return found + self.code_names
 
     @property
     def code_names(self) -> list[str]:
-        """The columns that become codes, in the order of `EncodedTable.codes`."""
+        """The columns that become codes, in the order of the codes."""
         return [_name(column, position) for position, column in enumerate(self._fitted()) if _is_coded(column)]
 
     @property
@@ -254,7 +244,7 @@ class TableEncoder:
             line += f"; {_counted(column.missing, 'missing cell')}, a category of their own"
         others = [word for word in column.words if not is_number(word)]
         if 0 < len(others) < len(column.words) / 2:  # perhaps a slip in a column of numbers
-            line += f"; all but {len(others):,} of them are numbers ({_listed(others, 3)} is not)"
+            line += f"; all but {len(others):,} of them are numbers ({listed(others, 3)} is not)"
         return line
 
     # as plain data
@@ -275,7 +265,8 @@ class TableEncoder:
 
         Returns:
             numbers: (number columns, 3) float64: fill, shift and scale.
-            quantiles, scores: (number columns, q) float64, with scaling "quantile".
+            quantiles: (number columns, q) float64, with scaling "quantile" or "piecewise"; the last one fills up a row.
+            scores: (number columns, q) float64, with scaling "quantile".
             words: (bytes,) uint8: the texts of all categories in UTF-8, one behind the other.
             word_ends: (categories,) int64: where in `words` each ends.
         """
@@ -287,8 +278,11 @@ class TableEncoder:
         found: dict[str, np.ndarray] = {}
         if numbers:
             found["numbers"] = np.array([(c.fill, c.shift, c.scale) for c in numbers])
-        if numbers and self.scaling == "quantile":
-            found["quantiles"] = np.array([column.quantiles for column in numbers])
+        spread = [column.quantiles for column in numbers if column.quantiles is not None]
+        if spread:
+            most = max(map(len, spread))
+            found["quantiles"] = np.array([np.append(q, np.full(most - len(q), q[-1])) for q in spread])
+        if self.scaling == "quantile" and numbers:
             found["scores"] = np.array([column.scores for column in numbers])
         if words:
             found["words"] = np.frombuffer(b"".join(words), np.uint8).copy()
@@ -315,6 +309,8 @@ class TableEncoder:
             if entry["kind"] == "number":
                 row = next(numbers)
                 spread = [tensors[key][row].copy() for key in ("quantiles", "scores") if key in tensors]
+                if config["scaling"] == "piecewise":
+                    spread = [np.unique(spread[0])]
                 columns.append(NumberColumn(name, missing, *tensors["numbers"][row].tolist(), *spread))
                 continue
             words = tuple(next(texts) for _ in range(entry["words"]))
@@ -339,7 +335,7 @@ class TableEncoder:
         for feature in self.categorical_features or ():
             if isinstance(feature, str):
                 if names is None or feature not in names:
-                    there = f"its columns are {_listed(names)}" if names else "its columns have no names; use positions"
+                    there = f"its columns are {listed(names)}" if names else "its columns have no names; use positions"
                     raise ValueError(f"categorical_features names {feature!r}, which the table does not have; {there}")
                 found.add(names.index(feature))
             elif 0 <= feature < n_columns:
@@ -355,7 +351,7 @@ class TableEncoder:
             place = {name: position for position, name in enumerate(names)}
             lacking = [name for name in expected if name not in place]
             if lacking:
-                raise ValueError(f"the table lacks the columns {_listed(lacking)}; its columns are {_listed(names)}")
+                raise ValueError(f"the table lacks the columns {listed(lacking)}; its columns are {listed(names)}")
             return expected, [raw[place[name]] for name in expected]
         if len(raw) != len(self._fitted()):
             raise ValueError(
@@ -380,8 +376,8 @@ def tensor_forms(config: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[i
             entry["kind"] in ("number", "one-hot", "codes") and _count(entry["missing"]) >= 0 for entry in entries
         )
         sound &= len(named) == 1 and all(entry.get("name", "") is not None for entry in entries)
-        sound &= all(entry.get("words", 0) <= MAX_CATEGORIES for entry in entries)
-        sound &= (n_quantiles > 0) == (numbers > 0 and config["scaling"] == "quantile") and n_quantiles <= MAX_QUANTILES
+        sound &= words <= MAX_CATEGORIES and n_quantiles <= MAX_QUANTILES
+        sound &= (n_quantiles > 0) == (numbers > 0 and config["scaling"] in ("quantile", "piecewise"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a table encoder's configuration: {type(error).__name__}: {error}") from error
     if not sound:
@@ -390,7 +386,9 @@ def tensor_forms(config: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[i
     if numbers:
         forms["numbers"] = np.dtype(np.float64), (numbers, 3)
     if n_quantiles:
-        forms["quantiles"] = forms["scores"] = np.dtype(np.float64), (numbers, n_quantiles)
+        forms["quantiles"] = np.dtype(np.float64), (numbers, n_quantiles)
+    if n_quantiles and config["scaling"] == "quantile":
+        forms["scores"] = forms["quantiles"]
     if words:
         forms |= {"words": (np.dtype(np.uint8), (n_bytes,)), "word_ends": (np.dtype(np.int64), (words,))}
     return forms
@@ -408,8 +406,10 @@ def _learn_number(name: str | None, values: np.ndarray, impute: str, scaling: st
     fill = float(np.median(present) if impute == "median" else present.mean())
     if scaling == "quantile":
         return NumberColumn(name, missing, fill, 0.0, 1.0, *_normal_scores(present, min(MAX_QUANTILES, len(values))))
-    shift, scale = _shift_and_scale(present, scaling)
-    return NumberColumn(name, missing, fill, shift, scale)
+    if scaling == "piecewise":
+        edges = np.unique(np.quantile(present, np.linspace(0.0, 1.0, PIECES + 1)))
+        return NumberColumn(name, missing, fill, *_shift_and_scale(present, "standard"), edges)
+    return NumberColumn(name, missing, fill, *_shift_and_scale(present, scaling))
 
 
 def _shift_and_scale(values: np.ndarray, scaling: str | None) -> tuple[float, float]:
@@ -442,279 +442,52 @@ def _normal_scores(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 def _encode_number(column: NumberColumn, values: np.ndarray, label: str, out: np.ndarray) -> None:
     absent = np.isnan(values)
     values[absent] = column.fill
-    if column.quantiles is None or column.scores is None:
-        scaled = (values - column.shift) * column.scale
-    else:
+    if column.quantiles is not None and column.scores is not None:
         scaled = np.interp(values, column.quantiles, column.scores)
+    else:
+        scaled = (values - column.shift) * column.scale
     beyond = np.abs(scaled) > LARGEST
     if beyond.any():
         row = int(np.argmax(beyond))
         raise ValueError(f"{label}, row {row}: {values[row]:g} is beyond float32 once scaled; correct the cell")
     out[:, 0] = scaled
+    for i in range(column.pieces):
+        low, high = column.quantiles[i : i + 2]  # type: ignore[index]
+        with np.errstate(over="ignore"):
+            out[:, 1 + i] = np.clip((values - low) / (high - low), 0.0, 1.0)
     if column.missing:
-        out[:, 1] = absent
+        out[:, -1] = absent
 
 
 # categories
 
 
-def _learn_category(name: str | None, cells: "_Cells", use: Any, label: str, one_hot_limit: int) -> CategoryColumn:
-    codes, texts = _factorize(cells, label)
+def _learn_category(name: str | None, cells: Cells, use: Any, label: str, one_hot_limit: int) -> CategoryColumn:
+    codes, texts = factorize(cells, label)
     counts = np.bincount(codes[use], minlength=len(texts)).tolist()
     words = {text for text, count in zip(texts, counts, strict=True) if count and text is not None}
     missing = sum(count for text, count in zip(texts, counts, strict=True) if text is None)
-    if len(words) > MAX_CATEGORIES:
-        raise ValueError(
-            f"{label} has {len(words):,} categories, at most {MAX_CATEGORIES:,} are allowed; leave the column out "
-            "(an identifier says nothing about new rows), or make it numbers"
-        )
     return CategoryColumn(name, missing, tuple(sorted(words)), len(words) + (missing > 0) > one_hot_limit)
 
 
-def _codes(column: CategoryColumn, cells: "_Cells", label: str) -> np.ndarray:
+def _check_categories(columns: Sequence[NumberColumn | CategoryColumn]) -> None:
+    counts = [len(column.words) if isinstance(column, CategoryColumn) else 0 for column in columns]
+    if sum(counts) > MAX_CATEGORIES:
+        most = int(np.argmax(counts))
+        raise ValueError(
+            f"the table has {sum(counts):,} categories, at most {MAX_CATEGORIES:,} are allowed; "
+            f"{_name(columns[most], most)!r} has {counts[most]:,}: leave such a column out "
+            "(an identifier says nothing about new rows), or make it numbers"
+        )
+
+
+def _codes(column: CategoryColumn, cells: Cells, label: str) -> np.ndarray:
     """(n,) int32"""
     place: dict[str | None, int] = {word: code for code, word in enumerate(column.words, start=1)}
     if column.missing:
         place[None] = column.n_codes - 1
-    codes, texts = _factorize(cells, label)
+    codes, texts = factorize(cells, label)
     return np.array([place.get(text, 0) for text in texts], dtype=np.int32)[codes]
-
-
-def _factorize(cells: "_Cells", label: str) -> tuple[np.ndarray, list[str | None]]:
-    """(n,) positions in a list of texts, in which None is a missing cell; a text may stand there twice."""
-    if cells.values.dtype.kind in "biuf":
-        different, codes = np.unique(cells.values, return_inverse=True)
-        return codes.reshape(-1), [_text(value) for value in different]
-    values = cells.values.tolist()
-    if len(_kinds(values, label)) > 1:
-        values = list(map(_text, values))  # 1 == True: which of the two a dict keeps would depend on the rows' order
-    index: dict[Any, int] = {}
-    codes = np.fromiter((index.setdefault(value, len(index)) for value in values), np.int64, len(values))
-    return codes, [_text(value) for value in index]
-
-
-def _text(cell: Any) -> str | None:
-    """What a category is known by; None for a missing cell."""
-    if _is_missing(cell):
-        return None
-    if isinstance(cell, bytes):
-        cell = cell.decode("utf-8", "replace")
-    if isinstance(cell, str):
-        return cell.strip()
-    if isinstance(cell, float | np.floating | Decimal) and abs(float(cell)) < 2**53 and float(cell).is_integer():
-        return str(int(cell))  # 3.0 is what becomes of a column of integers with missing cells
-    return str(cell)
-
-
-# cells
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A column as it came: (n,) values of any dtype, and what its source says about them."""
-
-    values: np.ndarray
-    categorical: bool = False  # by its dtype
-    untyped: bool = False  # text from a source that holds nothing else
-
-
-def _is_missing(cell: Any) -> bool:
-    if isinstance(cell, str | bytes):
-        cell = cell if isinstance(cell, str) else cell.decode("utf-8", "replace")
-        return cell.strip() in MISSING
-    if isinstance(cell, float | np.floating | Decimal):
-        return bool(cell != cell)
-    return cell is None or type(cell).__name__ in ("NAType", "NaTType")  # pandas', without importing it
-
-
-def _kinds(cells: Iterable[Any], label: str) -> set[type]:
-    """The types of the cells that are not missing. Raises TypeError for types that mean neither number nor category."""
-    kinds = {type(cell) for cell in cells if not _is_missing(cell)}
-    for kind in sorted(kinds, key=lambda kind: kind.__name__):
-        if issubclass(kind, datetime.date | datetime.time | datetime.timedelta | np.datetime64 | np.timedelta64):
-            raise TypeError(f"{label} holds dates or times ({kind.__name__}); {_DATES}")
-        if issubclass(kind, complex | np.complexfloating) or issubclass(kind, CONTAINERS):
-            raise TypeError(f"{label} holds cells of type {kind.__name__}; a cell must be a number, a text or a bool")
-    return kinds
-
-
-_DATES = "make numbers of them (year, weekday, days since a date), or text to have categories"
-
-
-def _is_category(cells: _Cells, label: str) -> bool:
-    """What "auto" says about a column. One with no cells but missing ones is a category, unless its dtype is a number."""
-    kind = cells.values.dtype.kind
-    if cells.categorical or kind in "biuf":
-        return cells.categorical or kind == "b"
-    values = cells.values.tolist()
-    if cells.untyped:
-        words = {text for text in map(_text, values) if text is not None}
-        return not words or not all(map(is_number, words))
-    kinds = _kinds(values, label)
-    return not kinds or not all(issubclass(kind, Number) and kind not in (bool, np.bool_) for kind in kinds)
-
-
-def _numbers(cells: _Cells, label: str) -> np.ndarray:
-    """(n,) float64 of our own, NaN for missing."""
-    if cells.values.dtype.kind in "biuf":
-        values = cells.values.astype(np.float64)
-    else:
-        given = cells.values.tolist()
-        _kinds(given, label)
-        try:
-            values = np.fromiter(map(_number, given), np.float64, len(given))
-        except (ValueError, TypeError, OverflowError):
-            row = next(row for row, cell in enumerate(given) if not _is_numeric(cell))
-            raise ValueError(
-                f"{label}, row {row}: {given[row]!r} is not a number; correct the cell, or name the column in "
-                "categorical_features"
-            ) from None
-    beyond = np.abs(values) > LARGEST
-    if beyond.any():
-        row = int(np.argmax(beyond))
-        fault = "is infinite" if np.isinf(values[row]) else "is too large for float32"
-        raise ValueError(f"{label}, row {row}: {values[row]:g} {fault}; correct the cell, or make it missing (NaN)")
-    return values
-
-
-def _number(cell: Any) -> float:
-    if _is_missing(cell):
-        return float("nan")
-    if isinstance(cell, str) and "_" in cell:  # Python's own writing, which no table means as a number
-        raise ValueError(cell)
-    return float(cell)
-
-
-def _is_numeric(cell: Any) -> bool:
-    try:
-        _number(cell)
-    except (ValueError, TypeError, OverflowError):
-        return False
-    return True
-
-
-# tables
-
-
-def _all_cells(names: list[str] | None, columns: list[Any]) -> list[_Cells]:
-    if not columns:
-        raise ValueError("the table has no columns; at least one is needed")
-    cells = [_cells(column, _label(names, position)) for position, column in enumerate(columns)]
-    lengths = [len(column.values) for column in cells]
-    if len(set(lengths)) > 1:
-        other = next(position for position, length in enumerate(lengths) if length != lengths[0])
-        raise ValueError(
-            f"{_label(names, 0)} has {lengths[0]} cells, {_label(names, other)} has {lengths[other]}; "
-            "all columns of a table must have the same number"
-        )
-    if not lengths[0]:
-        raise ValueError("the table has no rows; at least one is needed")
-    return cells
-
-
-def _open(table: Any) -> tuple[list[str] | None, list[Any]]:
-    """Names (None where there are none) and columns, as they are, of a table of any kind."""
-    if isinstance(table, Table):
-        if table.numbers.shape[1]:
-            raise ValueError(
-                f"the Table has {table.numbers.shape[1]} columns of numbers, whose names it does not know; "
-                "read all its columns as text, read_table(path, [], names): the encoder finds the numbers"
-            )
-        return _names(list(table.text), ([_Cells(_objects(cells), untyped=True) for cells in table.text.values()]))
-    if isinstance(table, Mapping):
-        return _names(list(table), list(table.values()))
-    home = _home(table)
-    if home == "pandas" and hasattr(table, "columns"):
-        return _names(list(table.columns), [table.iloc[:, position] for position in range(table.shape[1])])
-    if home == "polars" and hasattr(table, "get_columns"):
-        return _names(list(table.columns), list(table.get_columns()))
-    if home == "pyarrow" and hasattr(table, "itercolumns"):
-        return _names(list(table.schema.names), list(table.itercolumns()))
-    if isinstance(table, np.ma.MaskedArray):
-        raise TypeError("the table is a masked array; pass table.astype(float).filled(numpy.nan)")
-    if isinstance(table, list | tuple):
-        table = _objects(table)
-    if not isinstance(table, np.ndarray):
-        raise TypeError(f"the table is a {type(table).__name__}; expected {TABLES}")
-    if table.ndim != 2:
-        raise ValueError(f"the table has shape {table.shape}; expected (samples, features)")
-    untyped = table.dtype.kind in "UST"
-    return None, [_Cells(_unpacked(table[:, column]), untyped=untyped) for column in range(table.shape[1])]
-
-
-def _names(names: list[Any], columns: list[Any]) -> tuple[list[str] | None, list[Any]]:
-    """Names that are all text name the columns; none that is (pandas numbers nameless columns), and they have none."""
-    text = [str(name) for name in names if isinstance(name, str)]
-    if not text:
-        return None, columns
-    if len(text) < len(names):
-        other = next(name for name in names if not isinstance(name, str))
-        raise ValueError(f"the column name {other!r} is not text, others are; make all names text")
-    if len(set(text)) < len(text):
-        raise ValueError(f"two columns are named {next(name for name in text if text.count(name) > 1)!r}; rename one")
-    return text, columns
-
-
-def _cells(column: Any, label: str) -> _Cells:
-    """A column of any table, or of a dict, as an array."""
-    if isinstance(column, _Cells):
-        found = column
-    else:
-        home = _home(column)
-        if home == "pandas" and hasattr(column, "to_numpy"):
-            found = _pandas_cells(column)
-        elif home == "polars" and hasattr(column, "to_numpy"):
-            found = _Cells(column.to_numpy())
-        elif home == "pyarrow" and hasattr(column, "to_numpy"):
-            found = _arrow_cells(column)
-        elif isinstance(column, np.ndarray) and not isinstance(column, np.ma.MaskedArray):
-            found = _Cells(_unpacked(column))
-        elif isinstance(column, list | tuple):
-            found = _Cells(_objects(column))
-        else:
-            raise TypeError(f"{label} is a {type(column).__name__}; expected an array, a list or a series")
-    if found.values.ndim != 1:
-        raise ValueError(f"{label} has shape {found.values.shape}; a column must be one-dimensional")
-    kind = found.values.dtype.kind
-    if kind in "Mm":
-        raise TypeError(f"{label} holds dates or times ({found.values.dtype}); {_DATES}")
-    if kind not in "biufOUT":
-        raise TypeError(f"{label} has dtype {found.values.dtype}; expected numbers, text, bools or objects")
-    return found
-
-
-def _pandas_cells(series: Any) -> _Cells:
-    if str(series.dtype) == "category":
-        return _Cells(np.asarray(series), categorical=True)
-    if not isinstance(series.dtype, np.dtype) and series.dtype.kind in "iuf":
-        return _Cells(series.to_numpy(dtype=np.float64, na_value=np.nan))  # NA has no place in NumPy's integers
-    return _Cells(series.to_numpy())
-
-
-def _arrow_cells(column: Any) -> _Cells:
-    categorical = hasattr(column.type, "value_type") and hasattr(column.type, "index_type")
-    if categorical:
-        column = column.cast(column.type.value_type)  # a dictionary's own to_numpy gives wrong cells for missing ones
-    chunked = hasattr(column, "num_chunks")  # the one of two kinds of column that refuses the argument
-    return _Cells(column.to_numpy() if chunked else column.to_numpy(zero_copy_only=False), categorical)
-
-
-def _unpacked(values: np.ndarray) -> np.ndarray:
-    return np.char.decode(values, "utf-8", "replace") if values.dtype.kind == "S" else values
-
-
-def _objects(cells: Any) -> np.ndarray:
-    """A list as it is: NumPy would make text of [1, "a"] and of NaN among text."""
-    try:
-        return np.array(cells, dtype=object)
-    except ValueError as error:
-        raise ValueError(f"rows or cells of different lengths: {error}") from None
-
-
-def _home(thing: Any) -> str:
-    """The library that a table or column comes from, without importing it; "" for any other."""
-    homes = [kind.__module__.split(".")[0] for kind in type(thing).__mro__]
-    return next((home for home in homes if home in ("pandas", "polars", "pyarrow")), "")
 
 
 # plain data and words for messages
@@ -765,6 +538,10 @@ def _texts(tensors: Mapping[str, np.ndarray]) -> list[str]:
     ]  # UnicodeDecodeError: a ValueError
 
 
+def _or(words: Sequence[Any]) -> str:
+    return f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+
+
 def _is_coded(column: NumberColumn | CategoryColumn) -> bool:
     return isinstance(column, CategoryColumn) and column.coded
 
@@ -779,14 +556,5 @@ def _count(value: Any) -> int:
     return value
 
 
-def _label(names: list[str] | None, position: int) -> str:
-    return f"column {position}" if names is None else f'column "{names[position]}"'
-
-
 def _counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def _listed(names: Sequence[str], shown: int = SHOWN) -> str:
-    text = ", ".join(map(repr, names[:shown]))
-    return text if len(names) <= shown else f"{text} and {len(names) - shown:,} more"

@@ -5,16 +5,13 @@ the import line is enough. With its four activations the initial weights are dra
 part: without shuffling, fits agree step by step. What its classes do not have follows as further keywords, whose defaults
 change nothing.
 
-How scikit-learn's loss relates to the library's: it halves squared errors, and its gradient is of the sum over the outputs
-where ours is of their mean. ``Task`` holds both factors; learning rate, epsilon, penalty and clipping go through them.
+A table with categories or missing cells, which scikit-learn refuses, goes through a ``TableEncoder`` that the fit learns.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -34,151 +31,36 @@ from sklearn.utils.multiclass import (  # type: ignore
     type_of_target,
     unique_labels,
 )
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data  # type: ignore
+from sklearn.utils.validation import (  # type: ignore
+    _check_sample_weight,
+    _check_y,
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
 
 from .activations import Activation
-from .callbacks import Callback
-from .layers import Dense
+from .data.cells import is_table, needs_encoding
+from .data.encoding import IMPUTATIONS, SCALINGS, TableEncoder
+from .layers import Dense, Embedding
 from .losses import Loss, output_values
 from .network import Network
 from .optimizers import LBFGS, SGD, Adam, Optimizer
 from .schedules import Schedule
+from .sklearn_training import (
+    Adaptive,
+    Monitor,
+    Rows,
+    Task,
+    inverse_scaling,
+    probabilities_if_one_class,
+    sklearn_weights,
+)
 from .trainer import DivergedError, Trainer
 
 OWN_NAMES = {"logistic": "sigmoid"}  # scikit-learn's name of an activation → the table's
-SKLEARN_ACTIVATIONS = {"identity", "logistic", "tanh", "relu"}  # whose initial weights are drawn as scikit-learn does
 OUT_ACTIVATIONS = {"identity": "identity", "exp": "exp", "sigmoid": "logistic", "softmax": "softmax"}
-SMALLEST_RATE = 1e-6  # at which "adaptive" stops
-LBFGS_FTOL = 2.220446049250313e-09  # scipy's: an iteration that lowers the loss by less than this share is the last
 SPARSE_ROWS = 4096  # of a sparse X that are made dense at a time in a prediction
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the network fits, and how scikit-learn's loss relates to the library's."""
-
-    loss: Loss
-    outputs: int
-    metric: str | None  # the score of validation; None is the loss itself, negated
-    factor: float  # scikit-learn's loss = factor · ours
-    slope: float  # scikit-learn's gradient = slope · ours
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Checked rows as the trainer reads them."""
-
-    X: np.ndarray  # (n, n_features)
-    y: np.ndarray  # (n,) labels or (n, n_outputs) targets
-    weight: np.ndarray | None  # (n,)
-
-    def __getitem__(self, rows: np.ndarray) -> Rows:
-        return Rows(self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows])
-
-    def __len__(self) -> int:
-        return len(self.X)
-
-
-class _Monitor(Callback):
-    """Keeps an estimator's curves, and decides as scikit-learn does when a fit ends."""
-
-    def __init__(self, estimator: Any, task: Task, train: Rows, penalty: float, score: Callable[[dict], float] | None):
-        self.estimator, self.task, self.penalty, self.score = estimator, task, penalty, score
-        self.offset = _offset(task, train)
-        self.n_samples, self.converged, self.out_of_calls = len(train), False, False
-        self.best_weights: dict[str, Any] = {}
-
-    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> np.ndarray | None:
-        e = self.estimator
-        e.n_iter_ += 1
-        e.loss_ = self.task.factor * record["loss"] + self.offset + self.penalty * _squared_norm(trainer.network)
-        if self.score is not None:
-            score = self.score(record)
-            e.validation_scores_.append(score)
-            e.validation_loss_curve_.append(self.task.factor * record["val_loss"])
-        self.converged = self._lbfgs(trainer) if e.solver == "lbfgs" else self._stochastic(trainer)
-        return np.array([self.converged or self.out_of_calls])
-
-    def _lbfgs(self, trainer: Trainer) -> bool:
-        """scipy's rules: the largest element of the gradient, and the share by which the loss fell."""
-        e, network = self.estimator, trainer.network
-        memory = trainer.optimizer.bind(network).states
-        value = self.task.factor * float(memory["value"][0])
-        before, self.value = getattr(self, "value", np.inf), value
-        gradient = self.task.slope * np.abs(network.backend.to_numpy(memory["gradient"])).max()
-        e.loss_ = value + self.offset  # of the weights as they are now; the record's is of those before
-        if self.task.factor != self.task.slope:  # the penalty is in units of the gradient
-            e.loss_ += self.penalty * _squared_norm(network) * (1 - self.task.factor / self.task.slope)
-        if e.verbose:
-            print(f"Iteration {e.n_iter_}, loss = {e.loss_:.8f}")
-        still = np.isfinite(before) and before - value <= LBFGS_FTOL * max(abs(before), abs(value), 1.0)
-        self.out_of_calls = e.n_iter_ + 1 >= e.max_fun  # at least one evaluation for each iteration, one before them
-        return bool(gradient <= e.tol or still)
-
-    def _stochastic(self, trainer: Trainer) -> bool:
-        e = self.estimator
-        e.t_ += self.n_samples
-        e.loss_curve_.append(e.loss_)
-        if e.verbose:
-            print(f"Iteration {e.n_iter_}, loss = {e.loss_:.8f}")
-        if self.score is not None:
-            self._keep_best(trainer)
-        no_better = e.loss_ > (np.inf if e.best_loss_ is None else e.best_loss_) - e.tol
-        if e.early_stopping:
-            no_better = e.validation_scores_[-1] < self.best_before + e.tol
-        else:
-            e.best_loss_ = min(e.best_loss_, e.loss_)
-        e._no_improvement_count = e._no_improvement_count + 1 if no_better else 0
-        if e._no_improvement_count <= e.n_iter_no_change:
-            return False
-        what = "Validation score" if e.early_stopping else "Training loss"
-        message = f"{what} did not improve more than tol={e.tol:f} for {e.n_iter_no_change} consecutive epochs."
-        rate = e.learning_rate_init * e._rate_factor
-        adapts = e.solver == "sgd" and e.learning_rate == "adaptive"
-        if adapts and rate > SMALLEST_RATE:
-            e._rate_factor /= 5
-            e._no_improvement_count = 0
-            message += f" Setting learning rate to {rate / 5:f}"
-        else:
-            adapts = False
-            message += " Stopping."
-        if e.verbose:
-            print(message)
-        return not adapts
-
-    def _keep_best(self, trainer: Trainer) -> None:
-        e, score = self.estimator, self.estimator.validation_scores_[-1]
-        if e.verbose:
-            print(f"Validation score: {score:f}")
-        self.best_before = e.best_validation_score_
-        if score > e.best_validation_score_:
-            e.best_validation_score_ = score
-            if e.early_stopping:
-                trainer.network.copy_weights(self.best_weights, np.ones(1, bool))
-
-
-class _Adaptive:
-    """The factor that ``learning_rate="adaptive"`` has come to."""
-
-    def __init__(self, estimator: Any) -> None:
-        self.estimator = estimator
-
-    def __call__(self, epoch: Any, epochs: int) -> np.ndarray:
-        return np.array([self.estimator._rate_factor])
-
-    def observe(self, values: np.ndarray) -> None:
-        """Its presence has the trainer ask anew in every epoch."""
-
-
-def _inverse_scaling(power: float, n_samples: int, seen: int, incremental: bool) -> Callable:
-    """1 / (t + 1) ** power, t the samples seen before the epoch; 1 in the first epoch of a fit."""
-
-    def factor(epoch: Any, epochs: int) -> np.ndarray:
-        whole = np.floor(np.asarray(epoch, np.float64))
-        t = seen + whole * n_samples
-        return np.where((whole == 0) & (not incremental), 1.0, (t + 1) ** -power)
-
-    return factor
 
 
 _AT_LEAST_ONE = Interval(Integral, 1, None, closed="left")
@@ -221,6 +103,12 @@ class _MLP(BaseEstimator):
         "scoring": [str, callable, None],
         "callbacks": [list, tuple, None],
         "time_limit": [_POSITIVE, None],
+        "ema": [Interval(Real, 0, 1, closed="neither"), None],
+        "categorical_features": [StrOptions({"auto"}), "array-like", None],
+        "one_hot_limit": [Interval(Integral, 0, None, closed="left")],
+        "embedding_size": [_AT_LEAST_ONE],
+        "impute": [StrOptions(set(IMPUTATIONS))],
+        "scaling": [StrOptions({"auto", *filter(None, SCALINGS)}), None],
         "device": "no_validation",
         "dtype": [StrOptions({"float32", "float64"}), None],
     }
@@ -235,7 +123,9 @@ class _MLP(BaseEstimator):
         """Fit the network to X and y.
 
         Args:
-            X: (n_samples, n_features), dense or sparse; a sparse X is made dense as a whole.
+            X: (n_samples, n_features), dense or sparse; a sparse X is made dense as a whole. Or a table, pandas, polars,
+                pyarrow or a dict of columns: where it has categories or missing cells, or where ``scaling`` or
+                ``categorical_features`` ask for it, the fit learns how its columns become numbers (``encoder_``).
             y: (n_samples,) or (n_samples, n_outputs).
             sample_weight: (n_samples,), not negative.
             X_val, y_val, sample_weight_val: validation data of your own. ``validation_scores_`` and
@@ -269,22 +159,87 @@ class _MLP(BaseEstimator):
         if self.schedule is not None and (incremental or self.learning_rate != "constant"):
             why = "partial_fit has no end to plan for" if incremental else f"learning_rate={self.learning_rate!r}"
             raise ValueError(f"schedule={self.schedule!r} cannot be joined with this: {why}; leave out one of them")
+        if self.ema is not None and incremental:
+            raise ValueError(f"ema={self.ema!r} averages over a whole fit, which partial_fit is not; leave it out")
+        if first:
+            self.encoder_ = self._new_encoder(X)
         X, y = self._check_data(X, y, incremental, reset=first)
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
-        rows = Rows(_dense(X), self._encode(y), weight)
-        task = self._task(rows.y)
+        targets = self._encode(y)
+        task = self._task(targets)
         random_state = check_random_state(self.random_state)
+        split = None
+        if first and self.encoder_ is not None:  # what is held out is not to be learned from
+            split = self._split(targets, held_out, task, random_state)
+            self._learn_columns(X, split[0])
+        X = self._numbers(X)
+        rows = Rows(X, targets, None if sample_weight is None else _check_sample_weight(sample_weight, X))
         if first:
             self._begin(task)
-            shapes = [rows.X.shape[1], *sizes, task.outputs]
-            drawn = _sklearn_weights(random_state, shapes, self._activations(sizes))
-        train, validation = self._split(rows, held_out, task, random_state)
+            drawn = sklearn_weights(random_state, [self._width(X), *sizes, task.outputs], self._activations(sizes))
+        chosen, held = split or self._split(targets, held_out, task, random_state)
+        train = rows if chosen is None else rows[chosen]
+        validation = self._given(held_out) if held is None else (rows[held], self._decode(rows.y[held]))
         if first:
             seed = int(random_state.randint(np.iinfo(np.int32).max))
             self.network_ = self._network(sizes, task, rows.X, seed, drawn)
         train = self._weigh_classes(train, y if len(train) == len(rows) else None)
-        self._train(task, train, validation, incremental)
+        self.network_.encoder = None  # it trains on rows that are encoded already
+        try:
+            self._train(task, train, validation, incremental)
+        finally:
+            self.network_.encoder = self.encoder_
         return self
+
+    # --- tables
+
+    def _new_encoder(self, X: Any) -> TableEncoder | None:
+        """What will make numbers of a table; None where X is what scikit-learn takes too."""
+        asked = [
+            f"{name}={value!r}"
+            for name, value in (("scaling", self.scaling), ("categorical_features", self.categorical_features))
+            if value is not None and not (isinstance(value, str) and value == "auto")
+        ]
+        if asked and hasattr(X, "toarray"):
+            raise ValueError(f"{asked[0]} is for tables, X is sparse; scale it before, or pass it dense")
+        if not asked and not (is_table(X) and needs_encoding(X)):
+            return None
+        return TableEncoder(
+            categorical_features=self.categorical_features,
+            one_hot_limit=self.one_hot_limit,
+            impute=self.impute,
+            scaling="standard" if self.scaling == "auto" else self.scaling,
+        )
+
+    def _learn_columns(self, X: Any, rows: np.ndarray | None) -> None:
+        encoder = self.encoder_.fit(X, rows)  # type: ignore[union-attr]
+        self.n_features_in_ = len(encoder.columns)  # type: ignore[arg-type]
+        self.__dict__.pop("feature_names_in_", None)
+        if encoder.feature_names is not None:
+            self.feature_names_in_ = np.array(encoder.feature_names, object)
+
+    def _numbers(self, X: Any) -> np.ndarray:
+        return _dense(X) if self.encoder_ is None else self.encoder_.transform(X)
+
+    def _code_sizes(self) -> list[int]:
+        return [] if self.encoder_ is None else self.encoder_.code_sizes
+
+    def _width(self, X: np.ndarray) -> int:
+        """Columns that the first Dense layer reads."""
+        return X.shape[1] + len(self._code_sizes()) * (self.embedding_size - 1)
+
+    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
+        """X as scikit-learn checks it, or the table as it is, and y."""
+        if self.encoder_ is None:
+            kinds = {"accept_sparse": "csr", "multi_output": True, "dtype": (np.float64, np.float32)}
+            X, y = validate_data(self, X, y, y_numeric=self._y_is_numeric, reset=reset, **kinds)
+        else:
+            y = _check_y(y, multi_output=True, y_numeric=self._y_is_numeric, estimator=self)
+            check_consistent_length(X[next(iter(X))] if isinstance(X, Mapping) and len(X) else X, y)
+        y = _dense(y)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        self._check_targets(y, incremental)
+        return X, y
 
     def _begin(self, task: Task) -> None:
         self.n_iter_ = self.t_ = 0
@@ -322,12 +277,15 @@ class _MLP(BaseEstimator):
             Dense(n, OWN_NAMES.get(f, f) if isinstance(f, str) else f, norm=self.norm, dropout=self.dropout)
             for n, f in zip(sizes, self._activations(sizes), strict=True)
         ]
+        sizes_of_codes = self._code_sizes()
+        vectors = [Embedding(tuple(sizes_of_codes), self.embedding_size)] if sizes_of_codes else []
         network = Network(
-            [*hidden, Dense(task.outputs)],
+            [*vectors, *hidden, Dense(task.outputs)],
             n_features=X.shape[1],
             seed=seed,
             device=self.device,
             dtype=self.dtype or X.dtype,
+            standardize_targets=self._scales_targets(task),
         )
         for i, (W, b) in enumerate(drawn or ()):
             network.parameters[f"dense_{i}.W"][...] = np.ascontiguousarray(W.T, network.dtype)[None]
@@ -337,24 +295,29 @@ class _MLP(BaseEstimator):
         return network
 
     def _split(
-        self, rows: Rows, given: tuple | None, task: Task, random_state: Any
-    ) -> tuple[Rows, tuple[Rows, Any] | None]:
-        """Training rows, and validation rows with their y as the user wrote it; None where there are none."""
-        if given is not None:
-            X, y = self._check_data(given[0], given[1], incremental=True, reset=False)
-            weight = None if given[2] is None else _check_sample_weight(given[2], X)
-            return rows, (Rows(_dense(X), self._encode(y), weight), y)
-        if not self.early_stopping or self.solver == "lbfgs":
-            return rows, None
-        stratify = rows.y if self._stratifies(task) else None
+        self, targets: np.ndarray, given: tuple | None, task: Task, random_state: Any
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The numbers of the rows to train on and of those held out; None for all, and for none."""
+        if given is not None or not self.early_stopping or self.solver == "lbfgs":
+            return None, None
+        stratify = targets if self._stratifies(task) else None
         train, held = train_test_split(
-            np.arange(len(rows)), random_state=random_state, test_size=self.validation_fraction, stratify=stratify
+            np.arange(len(targets)), random_state=random_state, test_size=self.validation_fraction, stratify=stratify
         )
         if len(held) < 2:
             raise ValueError(
                 "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
             )
-        return rows[train], (rows[held], self._decode(rows.y[held]))
+        return train, held
+
+    def _given(self, held_out: tuple | None) -> tuple[Rows, Any] | None:
+        """The user's own validation rows, and their y as it was written."""
+        if held_out is None:
+            return None
+        X, y = self._check_data(held_out[0], held_out[1], incremental=True, reset=False)
+        X = self._numbers(X)
+        weight = None if held_out[2] is None else _check_sample_weight(held_out[2], X)
+        return Rows(X, self._encode(y), weight), y
 
     def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any] | None, incremental: bool) -> None:
         n, network = len(train), self.network_
@@ -367,6 +330,7 @@ class _MLP(BaseEstimator):
             self._optimizer(task, self.alpha / (batch * (total or 1.0))),
             schedule=self._schedule(n, incremental),
             metrics=task.metric,
+            ema=self.ema,
         )
         trainer.epoch = self._epochs  # so that a further fit shuffles anew
         if incremental:
@@ -379,13 +343,13 @@ class _MLP(BaseEstimator):
             self.loss_curve_: list[float] = getattr(self, "loss_curve_", [])
             best = getattr(self, "best_loss_", None)
             self.best_loss_ = None if self.early_stopping else np.inf if best is None else best
-        monitor = _Monitor(self, task, train, 0.5 * self.alpha * steps / (n * (total or 1.0)), score)
+        monitor = Monitor(self, task, train, 0.5 * self.alpha * steps / (n * (total or 1.0)), score)
         held = validation and (validation[0].X, validation[0].y, validation[0].weight)
         self.n_iter_, diverged = 0, False
         try:
             trainer.fit(
                 train.X,
-                _probabilities_if_one_class(train.y, task, network.dtype),
+                probabilities_if_one_class(train.y, task, network.dtype),
                 epochs=1 if incremental else self.max_iter,
                 batch_size=batch,
                 sample_weight=train.weight,
@@ -455,8 +419,8 @@ class _MLP(BaseEstimator):
         if not incremental:
             self._rate_factor = 1.0
         if self.learning_rate == "adaptive":
-            return _Adaptive(self)
-        return _inverse_scaling(self.power_t, n_samples, self.t_, incremental)
+            return Adaptive(self)
+        return inverse_scaling(self.power_t, n_samples, self.t_, incremental)
 
     def _keep_optimizer(self, trainer: Trainer) -> None:
         """The optimizer's memory as arrays, for a later partial_fit, also of a copy or after pickling."""
@@ -479,11 +443,19 @@ class _MLP(BaseEstimator):
         scorer = self.scoring if callable(self.scoring) else get_scorer(self.scoring)
         rows, y = validation
         extra = {} if rows.weight is None else {"sample_weight": rows.weight}
-        view = object.__new__(type(self))  # without the names of columns, which an array does not have
+        view = object.__new__(type(self))  # that takes rows as the network does: encoded, without names of columns
         view.__dict__.update({k: v for k, v in vars(self).items() if k != "feature_names_in_"})
+        view.encoder_, view.n_features_in_ = None, rows.X.shape[1]
         return lambda record: float(scorer(view, rows.X, y, **extra))
 
     # --- what differs between labels and values
+
+    _y_is_numeric = False
+
+    def _check_targets(self, y: np.ndarray, incremental: bool) -> None: ...
+
+    def _scales_targets(self, task: Task) -> bool:
+        return False
 
     def _stratifies(self, task: Task) -> bool:
         return False
@@ -523,6 +495,8 @@ class _MLP(BaseEstimator):
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
+        if self.encoder_ is not None:
+            return self.network_.logits(X)
         X = validate_data(self, X, accept_sparse="csr", reset=False)
         if not hasattr(X, "toarray"):
             return self.network_.logits(X)
@@ -572,11 +546,23 @@ class MLPClassifier(ClassifierMixin, _MLP):
         scoring: any scorer of scikit-learn, a name or a function (estimator, X, y), for validation; None is accuracy.
         callbacks: objects with methods of ``gm.Callback``.
         time_limit: seconds after which a fit ends.
+        ema: in (0, 1), say 0.999: predict with an exponential moving average of the weights, of which so much is kept at
+            each step; validation is by the average too. For adam and sgd, not in ``partial_fit``.
+        categorical_features: of a table, "auto", or names or positions of columns, None for none. Columns of numbers alone
+            are left as they are, as scikit-learn does; a table with categories or missing cells is encoded by a
+            ``gm.TableEncoder``, which says what each option does. So is an array where ``scaling`` or this asks for it.
+        one_hot_limit: a column with more categories than this becomes learned vectors (``gm.Embedding``).
+        embedding_size: length of such a vector.
+        impute: "median" or "mean" for missing numbers, beside an indicator column.
+        scaling: of numbers: None, "standard", "robust", "quantile", "piecewise"; "auto" is "standard" where a table is
+            encoded, and nothing else.
         device: "auto", "cpu", "cuda"; see ``gm.Network``.
         dtype: "float32" or "float64"; None is X's own, float64 where that is neither.
 
     Attributes:
-        network_: the ``gm.Network``.
+        network_: the ``gm.Network``; ``network_.save(path)`` writes a file that ``gm.load`` and the command line read, and
+            that takes tables as the estimator does.
+        encoder_: the ``gm.TableEncoder`` that X goes through, or None; ``print(encoder_.report())`` says what it learned.
         classes_, coefs_, intercepts_, n_layers_, n_outputs_, out_activation_, n_features_in_, feature_names_in_, n_iter_,
             t_, loss_, and for adam and sgd loss_curve_, best_loss_, validation_scores_, best_validation_score_: as
             scikit-learn's. The penalty in a loss is that of the weights at the epoch's end.
@@ -598,7 +584,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
         tol=1e-4, verbose=False, warm_start=False, momentum=0.9, nesterovs_momentum=True, early_stopping=False,
         validation_fraction=0.1, beta_1=0.9, beta_2=0.999, epsilon=1e-8, n_iter_no_change=10, max_fun=15000,
         dropout=0.0, norm=None, class_weight=None, label_smoothing=0.0, schedule=None, max_grad_norm=None, scoring=None,
-        callbacks=None, time_limit=None, device="auto", dtype=None,
+        callbacks=None, time_limit=None, ema=None, categorical_features="auto", one_hot_limit=64, embedding_size=8,
+        impute="median", scaling="auto", device="auto", dtype=None,
     ):  # fmt: skip
         _keep(locals())
 
@@ -620,17 +607,11 @@ class MLPClassifier(ClassifierMixin, _MLP):
     def _is_multilabel(self) -> bool:
         return self._label_binarizer.y_type_.startswith("multilabel")
 
-    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
-        X, y = validate_data(
-            self, X, y, accept_sparse="csr", multi_output=True, dtype=(np.float64, np.float32), reset=reset
-        )
-        y = _dense(y)
-        if y.ndim == 2 and y.shape[1] == 1:
-            y = column_or_1d(y, warn=True)
+    def _check_targets(self, y: np.ndarray, incremental: bool) -> None:
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
             check_classification_targets(y)
             self._learn_labels(y)
-            return X, y
+            return
         classes = unique_labels(y)
         if self.warm_start and not incremental and set(classes) != set(self.classes_):
             raise ValueError(
@@ -641,7 +622,6 @@ class MLPClassifier(ClassifierMixin, _MLP):
             raise ValueError(
                 f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
             )
-        return X, y
 
     def _encode(self, y: np.ndarray) -> np.ndarray:
         """Labels (n,) of several classes, or (n, n_outputs) of 0 and 1."""
@@ -714,6 +694,8 @@ class MLPRegressor(RegressorMixin, _MLP):
         quantiles: of ``loss="quantile"``, each in (0, 1), ascending. Several give one output each, for one column of y;
             ``predict`` sorts a row's, so that they never cross (Chernozhukov et al. 2010).
         scoring: as ``MLPClassifier``; None is R², for quantiles the negative loss.
+        standardize_targets: fit (y - mean) / deviation; predictions are in the units of y, losses are not. "auto" does where a
+            table is encoded and the loss is one over values (not "poisson").
 
     All other parameters and attributes are those of ``MLPClassifier``, less those about classes.
 
@@ -725,6 +707,7 @@ class MLPRegressor(RegressorMixin, _MLP):
         **_MLP._parameter_constraints,
         "loss": [StrOptions({"squared_error", "poisson", "absolute_error", "huber", "quantile"})],
         "quantiles": [list, tuple, np.ndarray],
+        "standardize_targets": [StrOptions({"auto"}), "boolean"],
     }
 
     def __init__(
@@ -733,7 +716,8 @@ class MLPRegressor(RegressorMixin, _MLP):
         random_state=None, tol=1e-4, verbose=False, warm_start=False, momentum=0.9, nesterovs_momentum=True,
         early_stopping=False, validation_fraction=0.1, beta_1=0.9, beta_2=0.999, epsilon=1e-8, n_iter_no_change=10,
         max_fun=15000, quantiles=(0.5,), dropout=0.0, norm=None, schedule=None, max_grad_norm=None, scoring=None,
-        callbacks=None, time_limit=None, device="auto", dtype=None,
+        callbacks=None, time_limit=None, ema=None, categorical_features="auto", one_hot_limit=64, embedding_size=8,
+        impute="median", scaling="auto", standardize_targets="auto", device="auto", dtype=None,
     ):  # fmt: skip
         _keep(locals())
 
@@ -743,13 +727,11 @@ class MLPRegressor(RegressorMixin, _MLP):
         """Train for one epoch on these rows. Errors as in ``fit``."""
         return self._fit(X, y, sample_weight, None, incremental=True)
 
-    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
-        X, y = validate_data(
-            self, X, y, accept_sparse="csr", multi_output=True, y_numeric=True, dtype=(np.float64, np.float32),
-            reset=reset,
-        )  # fmt: skip
-        y = _dense(y)
-        return X, column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
+    _y_is_numeric = True
+
+    def _scales_targets(self, task: Task) -> bool:
+        fits = task.loss.row.output == "identity"
+        return fits and self.encoder_ is not None if self.standardize_targets == "auto" else self.standardize_targets
 
     def _encode(self, y: np.ndarray) -> np.ndarray:
         y = y if y.ndim == 2 else y[:, None]
@@ -778,7 +760,7 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     def predict(self, X: Any) -> np.ndarray:
         """Values (n_samples,) or (n_samples, n_outputs); several quantiles ascending. Raises ValueError, NotFittedError."""
-        values = output_values(self._logits(X), self.out_activation_)
+        values = self.network_.values(self._logits(X), self.out_activation_)
         if self.loss == "quantile":
             values = np.sort(values, axis=1)
         return values[:, 0] if values.shape[1] == 1 else values
@@ -810,46 +792,3 @@ def _keep(values: dict[str, Any]) -> None:
 
 def _dense(X: Any) -> np.ndarray:
     return X.toarray() if hasattr(X, "toarray") else X
-
-
-def _squared_norm(network: Network) -> float:
-    w = network.flat[:, : network.n_weights]
-    return float(network.backend.dot(w, w)[0])
-
-
-def _offset(task: Task, rows: Rows) -> float:
-    """What the Poisson deviance has beyond the loss, Σ y log y - y over outputs, which no weight of the network changes."""
-    if task.loss.name != "poisson":
-        return 0.0
-    y = np.asarray(rows.y, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = np.where(y > 0, y * np.log(y) - y, 0.0).sum(axis=1)
-    return float(np.average(own, weights=rows.weight))
-
-
-def _sklearn_weights(random_state: Any, sizes: Sequence[int], activations: list) -> list | None:
-    """Weights and biases as scikit-learn draws them, uniform within √(6 / (fan_in + fan_out)) (2 for logistic).
-
-    None where an activation is not one of its four: its layers take the library's initializers.
-    """
-    if not all(isinstance(f, str) and f in SKLEARN_ACTIVATIONS for f in activations):
-        return None
-    drawn = []
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        own = activations[min(i, len(activations) - 1)] if activations else "relu"
-        bound = np.sqrt((2.0 if own == "logistic" else 6.0) / (fan_in + fan_out))
-        W = random_state.uniform(-bound, bound, (fan_in, fan_out))
-        drawn.append((W, random_state.uniform(-bound, bound, fan_out)))
-    return drawn
-
-
-def _probabilities_if_one_class(y: np.ndarray, task: Task, dtype: np.dtype) -> np.ndarray:
-    """Labels of one class only, which the trainer refuses as a mistake but partial_fit may bring, as probabilities."""
-    if not task.loss.row.is_classifier or (y != y[0]).any():
-        return y
-    if y.ndim == 1:
-        return np.eye(task.outputs, dtype=dtype)[y]
-    y = y.astype(dtype)
-    if task.outputs == 1:  # one step away from 0 or 1, which no loss can tell
-        y[0] = np.finfo(dtype).tiny if y[0] == 0 else np.nextafter(dtype.type(1), dtype.type(0))
-    return y

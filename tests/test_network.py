@@ -557,8 +557,8 @@ ERRORS = [
         lambda: gm.Network([], n_features=4),
         "the list of layers is empty; the last layer, say gm.Dense(10), gives the outputs",
     ),
-    (lambda: gm.Network([NODE, gm.Dense(3)], n_features=4), "a list of layers holds gm.Dense layers, got Node("),
-    (lambda: gm.Network([gm.Add()], n_features=4), "a list of layers holds gm.Dense layers, got Add()"),
+    (lambda: gm.Network([NODE, gm.Dense(3)], n_features=4), "perhaps a gm.Embedding before them, got Node("),
+    (lambda: gm.Network([gm.Add()], n_features=4), "perhaps a gm.Embedding before them, got Add()"),
     (
         lambda: gm.Network(),
         "Network takes a list of layers, or two nodes: Network([Dense(10)], n_features=4), Network(x, out)",

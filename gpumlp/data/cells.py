@@ -156,6 +156,24 @@ def all_cells(names: list[str] | None, columns: list[Any]) -> list[Cells]:
     return cells
 
 
+def is_table(thing: Any) -> bool:
+    """Whether it has columns of types of their own: a pandas, polars or pyarrow table, or a dict of columns."""
+    ways = ("columns", "get_columns", "itercolumns")  # of pandas, polars, pyarrow
+    return isinstance(thing, Mapping | Table) or (bool(_home(thing)) and any(hasattr(thing, way) for way in ways))
+
+
+def needs_encoding(table: Any) -> bool:
+    """Whether a table is more than numbers: a column is a category, or has missing cells."""
+    names, raw = open_table(table)
+    for position, cells in enumerate(all_cells(names, raw)):
+        if is_category(cells, label_of(names, position)):
+            return True
+        numbers = cells.values.dtype.kind in "biuf"
+        if np.isnan(cells.values).any() if numbers else any(map(_is_missing, cells.values.tolist())):
+            return True
+    return False
+
+
 def open_table(table: Any) -> tuple[list[str] | None, list[Any]]:
     """Names (None where there are none) and columns, as they are, of a table of any kind."""
     if isinstance(table, Table):

@@ -552,6 +552,9 @@ class Network:
 
 
 def _copy_models(into: Any, values: Any, models: np.ndarray) -> None:
+    if models.all():
+        into[...] = values
+        return
     for i in np.flatnonzero(models):
         into[i : i + 1] = values[i : i + 1]
 

@@ -27,6 +27,7 @@ import gpumlp as gm
 from gpumlp import random
 from gpumlp.activations import ACTIVATIONS
 from gpumlp.backends.base import Dropout
+from gpumlp.averaging import WeightAverage
 from gpumlp.backends.device import ITEM_SIZES, DeviceArray
 from gpumlp.backends.gpu_backend import GpuBackend
 from gpumlp.backends.gpu_work import PARTIALS, DeviceBatch
@@ -401,6 +402,20 @@ def gradient_norm(make: Maker, n: int) -> Job:
     return Job(run, {"g": g}, {}, lambda: [(Sum(partials), (g.get() ** 2).sum(axis=1, dtype=np.float64))])
 
 
+def average(make: Maker, n: int) -> Job:
+    network = make.network(n)
+    averaged = WeightAverage(network, 0.999)
+    w, mean = network.flat, averaged.averages["flat"]
+    mean[...] = np.resize(make.normals[::-1], mean.shape)
+
+    def wanted():
+        return [(mean, mean.get() + 1e-3 * (w.get() - mean.get()))]
+
+    return Job(
+        lambda: make.backend.average(averaged, slice(0, 1)), {"w": w, "average": mean}, {"average": mean}, wanted
+    )
+
+
 def penalize(make: Maker, n: int) -> Job:
     network = make.network(n)
     bound = gm.SGD(l1=1e-3, l2=1e-2).bind(network)
@@ -509,6 +524,7 @@ ROWS = [
     *(Row(f"update, {name}", "f32", "update", partial(update, optimizer=o)) for name, o in OPTIMIZERS.items()),
     Row("update, Adam, bfloat16 layers", "f32", "update", partial(update, optimizer=gm.Adam(), precision="bf16")),
     Row("gradient norm", "f32", "gradient_norm", gradient_norm, False),
+    Row("average", "f32", "average", average),
     Row("penalties", "f32", "penalize", penalize),
     Row("dot", "f32", "dot", dot, False),
     Row("combine", "f32", "combine", combine),

@@ -280,6 +280,7 @@ class DeviceStep(TrainStep):
         network, c = self.network, self.counters
         changing = [network.flat, *self.bound.states.values(), *network.statistics.values(), self._report]
         changing += [c.step, c.active, c.valid, c.ok, c.current] + ([network.shadow] if network.shadow else [])
+        changing += [] if self.average is None else self.average.averages.values()
         before = [array.get() for array in changing]
 
         def outcome(run: Callable[[], None]) -> list[np.ndarray]:
@@ -301,6 +302,8 @@ class DeviceStep(TrainStep):
         backend.optimizer_step(self.bound, everything, self.counters.current, self.counters)
         for name, max_norm in network._limits:
             backend.limit_norms(network, name, max_norm, everything, self.counters)
+        if self.average is not None:
+            backend.average(self.average, everything, self.counters)
         backend.advance(self.counters, self.draw.steps, self.batch_size, 1)
 
     def _launch_gradient(self) -> None:

@@ -607,6 +607,9 @@ def _for_tables(encoder: TableEncoder, architecture: tuple, n_features: int | No
 
 
 def _copy_models(into: Any, values: Any, models: np.ndarray) -> None:
+    if models.all():
+        into[...] = values
+        return
     for i in np.flatnonzero(models):
         into[i : i + 1] = values[i : i + 1]
 

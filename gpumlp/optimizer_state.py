@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +131,8 @@ class OptimizerState:
         n = self.network
         size, n_weights = n.flat.shape[1], n.n_weights if self.regularises else 0
         for is_weights, start, stop in ((True, 0, n_weights), (False, n_weights, size)):
-            if start == stop:
-                continue
-            rows = max(1, BLOCK // (stop - start))
-            width = min(BLOCK, stop - start)
-            for row in range(models.start, models.stop, rows):
-                for column in range(start, stop, width):
-                    yield is_weights, slice(row, min(row + rows, models.stop)), slice(column, min(column + width, stop))
+            for rows, columns in parts(models, start, stop):
+                yield is_weights, rows, columns
 
     def _block(self, is_weights: bool, rows: slice, columns: slice) -> tuple:
         """The arguments of ``update`` and, for weights that are regularised, of ``regularise``."""
@@ -151,6 +147,16 @@ class OptimizerState:
             numbers = [values[0, ...] for values in numbers]
         penalties = (w, g, scratch, *numbers[:3]) if is_weights else None
         return (w, g, *states, scratch, *numbers[3:]), penalties
+
+
+def parts(models: slice, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """(models, columns) slices of at most BLOCK elements: whole rows of small models, parts of large ones."""
+    if start == stop:
+        return
+    rows, width = max(1, BLOCK // (stop - start)), min(BLOCK, stop - start)
+    for row in range(models.start, models.stop, rows):
+        for column in range(start, stop, width):
+            yield slice(row, min(row + rows, models.stop)), slice(column, min(column + width, stop))
 
 
 def _of(value: Any, models: slice) -> Any:

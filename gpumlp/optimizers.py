@@ -62,7 +62,7 @@ class Optimizer:
             value = getattr(self, f.name)
             if isinstance(f.default, bool) or (value is None and f.default is None):
                 continue
-            numbers = _numbers(value)
+            numbers = numbers_of(value)
             if numbers.ndim:
                 setattr(self, f.name, numbers)
             high = 1.0 if f.name in self.below_one else np.inf
@@ -130,7 +130,7 @@ class Optimizer:
         }
 
 
-def _numbers(value: Any) -> np.ndarray:
+def numbers_of(value: Any) -> np.ndarray:
     """A hyper-parameter as float64; NaN, which is in no range, where it is not made of numbers."""
     try:
         found = np.asarray(value)

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import random
 from .augment import Mixup
+from .averaging import WeightAverage
 from .backends.base import Batch
 from .fit_data import Data
 from .lbfgs import iterate
@@ -45,6 +46,7 @@ class TrainStep:
         batch_size: rows of a step; the full batch for an optimizer that needs it.
         shuffle: a new order in every epoch, of each model its own.
         memory_limit: bytes of a device's memory that the data may fill; larger data stay on the host and travel in parts.
+        average: what every update moves on, or None.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class TrainStep:
         shuffle: bool,
         augment: tuple,
         memory_limit: int | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.network, self.backend, self.loss, self.data, self.augment = network, network.backend, loss, data, augment
         self.optimizer, self.bound = optimizer, optimizer.bind(network)
-        self.memory_limit = memory_limit
+        self.memory_limit, self.average = memory_limit, average
         self.shuffle = shuffle and not optimizer.full_batch
         rows = data.rows or [np.arange(len(data.X))]
         self.rows = rows if len(rows) == network.models else rows * network.models
@@ -153,6 +156,8 @@ class TrainStep:
         for models in [part.models] if _all_finite(loss) else self._finite(position, part.models, loss):
             self.backend.update(self.bound, models, learning_rate)
             self.network.after_update(models)
+            if self.average is not None:
+                self.backend.average(self.average, models)
         return loss
 
     def _finite(self, position: int, models: slice, loss: np.ndarray) -> list[slice]:

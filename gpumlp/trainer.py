@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .augment import check_augmentation
+from .averaging import WeightAverage
 from .callbacks import Callback, ProgressBar, check_callbacks, end_all, hooks
 from .checkpoints import resume_newest
 from .data.checks import check_integer, check_number, check_sample_weight
@@ -44,6 +45,12 @@ class Trainer:
         schedule: None, a name of ``gpumlp.schedules.SCHEDULES`` or a schedule: the factor on the learning rate.
         metrics: one name or several of ``gpumlp.metrics.METRICS`` that validation reports; None: the loss's usual one.
         augment: augmentations of the training batches, in order: ``GaussianNoise``, ``Mixup``, ``RandomShift``.
+        ema: β of an exponential moving average of the weights, a number in (0, 1), say 0.999, or one for each model of a
+            fleet; None for none. After every update average ← β average + (1 - β) w, also of batch normalisation's
+            running statistics; average / (1 - βᵗ) after t updates are the averaged weights (Polyak & Juditsky 1992;
+            Kingma & Ba 2015 for the correction). The network holds them when an epoch ends, for validation and in
+            ``on_epoch_end``, so that ``EarlyStopping`` keeps the best averaged ones, and when the fit has ended.
+            Training goes on from w, also in a further fit: what was assigned to the parameters meanwhile is lost.
 
     Attributes:
         history: plain lists, one value for each epoch: epoch, loss, learning_rate, seconds, and with validation data
@@ -52,7 +59,7 @@ class Trainer:
         stopped: why the last fit ended: "epochs", "early", "time limit" or "interrupted".
 
     Raises:
-        ValueError, TypeError: unknown names, options that do not fit the network.
+        ValueError, TypeError: unknown names, options that do not fit the network, ``ema`` with L-BFGS.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Trainer:
         schedule: str | Schedule | None = None,
         metrics: str | Sequence[str] | None = None,
         augment: Any = (),
+        ema: Any = None,
     ) -> None:
         if not isinstance(network, Network):
             raise TypeError(f"network={network!r} must be a gm.Network")
@@ -82,6 +90,12 @@ class Trainer:
             raise ValueError(
                 "softmax_cross_entropy needs an output for each class, at least 2; for one, use binary_cross_entropy"
             )
+        if ema is not None and self.optimizer.full_batch:
+            raise ValueError(
+                f"ema={ema!r} averages over many small steps, and {type(self.optimizer).__name__} makes few large ones: "
+                "leave ema=None, or take a first-order optimizer, say 'adam'"
+            )
+        self.average = None if ema is None else WeightAverage(network, ema)
         network.loss = self.loss
         self.epoch = 0  # epochs begun and finished since the trainer was made: the shuffle's counter
         self.position = 0  # steps made in the present epoch
@@ -92,7 +106,7 @@ class Trainer:
         self.callbacks: list[Callback] = []  # of the last fit
         self._step: TrainStep | None = None
         self._seconds = 0.0
-        self._last: dict[str, np.ndarray] = {}  # the weights that training had reached, where better ones were put back
+        self._last: dict[str, Any] = {}  # the weights that training had reached, while the network holds others
         self._pending: dict[str, Any] | None = None  # what resume loaded and the next fit takes up
 
     # --- the loop
@@ -195,17 +209,20 @@ class Trainer:
                     if self.position < step.steps_per_epoch:
                         break
                     self._seconds = time.monotonic() - started
+                    self._show_average()
                     record = self._record(rates[-1], evaluation)
                     self._next_epoch()
                     for observe in on_epoch:
                         done = observe(self, record)
                         if done is not None:
                             step.retire(np.asarray(done, bool))
+                    self._hide_average()
                     if not step.active.any():
                         self.stopped = "early"
             finally:
                 try:
                     step.catch_up()
+                    self._show_average()
                 finally:
                     if interrupted():
                         self.stopped = "interrupted"  # also between steps
@@ -226,7 +243,8 @@ class Trainer:
     ) -> TrainStep:
         """The step for this data, and the counters of a new fit or of the one that is resumed."""
         make = DeviceStep if self.network.backend.is_device else TrainStep
-        step = make(self.network, self.loss, self.optimizer, data, batch_size, shuffle, self.augment, memory_limit)
+        options = (batch_size, shuffle, self.augment, memory_limit, self.average)
+        step = make(self.network, self.loss, self.optimizer, data, *options)
         self.resumed = self._pending is not None
         if self._pending is not None:
             self._take_up(self._pending, step, epochs, callbacks)
@@ -234,6 +252,7 @@ class Trainer:
         else:
             self.position, self.epochs_done, self._seconds, self.history = 0, 0, 0.0, {}
             self.schedule = get_schedule(self.schedule)  # one with memory begins anew
+            self._hide_average()
             step.begin_epoch(self.epoch)
         self._step, self._last, self.callbacks = step, {}, list(callbacks)
         self.epochs, self.steps_per_epoch = epochs, step.steps_per_epoch
@@ -343,6 +362,18 @@ class Trainer:
         if not self._last:
             self.network.copy_weights(self._last, np.ones(self.network.models, bool))
         self.network.set_weights(weights, models)
+
+    def _show_average(self) -> None:
+        """Have the network hold the averaged weights, where there are any, until ``_hide_average``."""
+        if self.average is not None and not self._last:
+            self._last = self.average.keep()
+            self.average.show(self.optimizer.bind(self.network).t)
+
+    def _hide_average(self) -> None:
+        """Have the network hold the weights that training goes on from."""
+        if self.average is not None and self._last:
+            self.network.set_weights(self._last, np.ones(self.network.models, bool))
+            self._last = {}
 
     # --- evaluation
 

@@ -45,6 +45,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     weights = trainer._last or {"flat": network.flat, **network.statistics}
     tensors = {f"weights.{name}": values for name, values in weights.items()}
     tensors |= {f"optimizer.{name}": values for name, values in step.bound.states.items()}
+    tensors |= _averages_of(trainer)
     tensors |= {name: getattr(network, name) for name in SCALINGS if getattr(network, name) is not None}
     tensors |= {"t": step.bound.t, "steps": network.steps, "active": step.active}
     tensors["log"] = step.log
@@ -93,6 +94,7 @@ def load_state(trainer: Trainer, path: Any) -> None:
         bound = trainer.optimizer.bind(network)
         places = {"weights.flat": network.flat, "t": bound.t, "steps": network.steps}
         places |= {f"weights.{name}": values for name, values in network.statistics.items()}
+        places |= _averages_of(trainer)
         states = {name.removeprefix("optimizer."): v for name, v in tensors.items() if name.startswith("optimizer.")}
         if states and trainer.optimizer.full_batch:
             memory_of(trainer.optimizer, bound)  # makes the states, which are to be filled
@@ -198,7 +200,13 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         # A function of your own has an address in its repr: its kind has to do.
         "schedule": repr(schedule) if type(schedule) in SCHEDULES.values() else type(schedule).__name__,
         "augment": repr(trainer.augment),
+        "ema": None if trainer.average is None else trainer.average.beta.tolist(),
     }
+
+
+def _averages_of(trainer: Trainer) -> dict[str, Any]:
+    averages = {} if trainer.average is None else trainer.average.averages
+    return {f"average.{name}": values for name, values in averages.items()}
 
 
 def _state_of(callback: Any) -> dict[str, Any]:

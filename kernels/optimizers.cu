@@ -192,6 +192,30 @@ GM_KERNEL void gradient_norm(const T* g, i64 stride, i64 n, const T* clip_value,
 }
 GM_INSTANCES(gradient_norm, (f32), (f64))
 
+// average <- average + rest (w - average), with rest = 1 - beta of each model. A model whose valid or ok is 0 made no step,
+// and is left alone; null: all made one.
+template <typename T>
+GM_KERNEL void average(T* mean, const T* w, i64 stride, i64 n, const T* rest, const i32* valid, const i32* ok,
+                       i32 models) {
+    constexpr int V = NEIGHBOURS;
+    const bool quads = in_quads(mean, stride, models) && in_quads(w, stride, models);
+    for (i32 m = i32(blockIdx.y); m < models; m += i32(gridDim.y)) {
+        if ((valid && valid[m] == 0) || (ok && ok[m] == 0)) continue;
+        const T share = rest[m];
+        for (i64 k = first_element(); k < n; k += element_step()) {
+            const i64 at = m * stride + k;
+            const int some = int(gm_at_most(n - k, i64(V)));
+            T average[V], weight[V];
+            gm_load_some(mean + at, average, some, quads);
+            gm_load_some(w + at, weight, some, quads);
+#pragma unroll
+            for (int i = 0; i < V; ++i) average[i] += share * (weight[i] - average[i]);
+            gm_store_some(mean + at, average, some, quads);
+        }
+    }
+}
+GM_INSTANCES(average, (f32), (f64))
+
 // g <- g + the gradient of the penalties.
 template <typename T>
 GM_KERNEL void penalize(T* g, const T* w, i64 stride, i64 n_weights, const T* l1, const T* l2, i32 models) {

@@ -517,6 +517,7 @@ def everything(optimizer="adam", models=None, **changed):
         "optimizer": OPTIMIZERS[optimizer](l2=0.01) if isinstance(optimizer, str) else optimizer,
         "schedule": gm.ReduceOnPlateau(patience=1, factor=0.5),
         "augment": [gm.RandomShift(1, (2, 3)), gm.GaussianNoise(0.05), gm.Mixup()],
+        "ema": None,
     }
     fit = {
         "epochs": EPOCHS,
@@ -540,6 +541,8 @@ def facts(trainer):
     net, bound = trainer.network, trainer.optimizer.bind(trainer.network)
     found = {"flat": net.flat, **net.statistics, "steps": net.steps, "t": bound.t, **bound.states}
     found |= {"shift": net.shift, "scale": net.scale}
+    found |= {f"reached.{name}": values for name, values in trainer._last.items()}
+    found |= {} if trainer.average is None else {f"average.{k}": v for k, v in trainer.average.averages.items()}
     found |= trainer.schedule.state() if hasattr(trainer.schedule, "state") else {}
     for callback in trainer.callbacks:
         found |= callback.state()

@@ -63,9 +63,9 @@ def softmax(i=None):
     return gm.Loss("softmax_cross_entropy", label_smoothing=of(SMOOTHING, i))
 
 
-def train(network, i, optimizer="adam", *, loss=None, schedule=None, augment=(), rows=ROWS, x=X, y=Y, **fit):
+def train(network, i, optimizer="adam", *, loss=None, schedule=None, augment=(), ema=None, rows=ROWS, x=X, y=Y, **fit):
     """Train the fleet on its rows, or model ``i``'s twin on its own."""
-    trainer = gm.Trainer(network, loss or softmax(i), optimizer, schedule=schedule, augment=augment)
+    trainer = gm.Trainer(network, loss or softmax(i), optimizer, schedule=schedule, augment=augment, ema=of(ema, i))
     fit = dict(epochs=4, batch_size=16) | fit
     if i is None:
         trainer.fit(x, y, rows=rows, **fit)
@@ -113,6 +113,38 @@ def test_each_model_is_its_lone_run(name):
         for key in ("loss", "val_loss", "val_accuracy", "learning_rate"):
             shared = [np.broadcast_to(values, MODELS)[i] for values in together.history[key]]
             np.testing.assert_allclose(shared, history[key], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not OPTIMIZERS[name].full_batch])
+def test_each_models_averaged_weights_are_its_lone_runs(name):
+    """Bit for bit, though the models make unequal numbers of updates, and one of them stops before the others."""
+    optimizer, ema = OPTIMIZERS[name](**SETTINGS[name]), [0.9, 0.5, 0.99]
+
+    class Retire(gm.Callback):
+        def __init__(self, models):
+            self.models = models
+
+        def on_epoch_end(self, trainer, record):
+            return self.models if record["epoch"] == 3 else None
+
+    def arguments(retired):
+        callbacks = [gm.EarlyStopping(9), Retire(np.array(retired))]
+        return dict(ema=ema, validation_data=(X_VAL, Y_VAL), epochs=6, callbacks=callbacks)
+
+    def weights(trainer):
+        shown = {"shown.flat": trainer.network.flat} | trainer.network.statistics
+        kept = {f"average.{key}": values for key, values in trainer.average.averages.items()}
+        return shown | kept | {f"reached.{key}": values for key, values in trainer._last.items()}
+
+    fleet = build()
+    together = train(fleet, None, optimizer, **arguments([False, True, False]))
+    assert fleet.steps.tolist() == [24, 9, 18]
+    for i in range(MODELS):
+        alone = build(i)
+        own = train(alone, i, optimizer.for_model(i), **arguments([i == 1]))
+        assert_same(fleet, i, alone)
+        for key, values in weights(own).items():
+            np.testing.assert_array_equal(weights(together)[key][i], values[0])
 
 
 @pytest.mark.parametrize("name", ["adam", "lbfgs"])
@@ -250,11 +282,12 @@ def exploding(i=None):
     return gm.Network([gm.Dense(7, "relu", norm="batch"), gm.Dense(4)], n_features=6, models=models, seed=of(SEEDS, i))
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("rows", [ROWS, None], ids=["own rows", "shared rows"])
-def test_a_diverging_model_leaves_the_others_alone(rows):
+def test_a_diverging_model_leaves_the_others_alone(rows, ema):
     y = RNG.normal(size=(60, 4))
     fleet = exploding()
-    arguments = dict(loss="squared_error", y=y, rows=rows, validation_data=(X_VAL, RNG.normal(size=(40, 4))))
+    arguments = dict(loss="squared_error", y=y, rows=rows, validation_data=(X_VAL, RNG.normal(size=(40, 4))), ema=ema)
     message = (
         "the loss of model 1 is not finite at step 2 of epoch 1: it is left as it is; try a smaller learning rate, "
         r"clip_norm=1.0 in the optimizer, or standardize=True in the network"

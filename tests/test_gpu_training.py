@@ -109,11 +109,13 @@ ROWS = [
 ]  # 8, 5 and 6 steps; the last of 5, 5 and 8 rows
 
 
-def fitted(net, X=None, y=None, *, loss=SOFTMAX, optimizer="adam", schedule=None, augment=(), metrics=None, **fit):
+def fitted(
+    net, X=None, y=None, *, loss=SOFTMAX, optimizer="adam", schedule=None, augment=(), metrics=None, ema=None, **fit
+):
     """A trainer that has trained three epochs."""
     X = table()[0] if X is None else X
     y = targets_of(loss if isinstance(loss, str) else loss.name) if y is None else y
-    trainer = gm.Trainer(net, loss, optimizer, schedule=schedule, augment=augment, metrics=metrics)
+    trainer = gm.Trainer(net, loss, optimizer, schedule=schedule, augment=augment, metrics=metrics, ema=ema)
     trainer.fit(X, y, **{"epochs": 3, "batch_size": BATCH} | fit)
     return trainer
 
@@ -649,6 +651,82 @@ def test_a_second_fit_goes_on(backend):
     assert trainers[1].epoch == 5
 
 
+# --- averaged weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if not row.full_batch])
+def test_averaged_weights(name, dtype, backend):
+    """Of parameters, after the largest norm, and of running statistics; validation and the network have them."""
+
+    def make(**options):
+        layers = [gm.Dense(9, "relu", norm="batch", max_norm=0.9), gm.Dense(7, "tanh")]
+        return network(*layers, dtype=dtype, standardize=True, **options)
+
+    host, device = both(make, backend, optimizer=name, ema=0.8, validation_data=table(30, seed=2))
+    assert_same_fit(host, device, **({} if dtype == "float32" else dict(rtol=1e-12, weights=1e-11)))
+    reached = device._last["flat"].get()
+    np.testing.assert_allclose(reached, host._last["flat"], rtol=0, atol=1e-4)
+    assert (np.abs(reached - device.network.flat.get()) > 1e-3).any()  # training goes on from others
+
+
+def test_averaged_weights_of_a_fleet(backend):
+    """Each model its own, with unequal rows, early stopping, and one that diverges."""
+    trainers = []
+    for device in ("cpu", backend):
+        stop = gm.EarlyStopping(2, monitor="loss")
+        options = dict(rows=ROWS, augment=AUGMENT, optimizer=gm.Adam([0.01, 0.1, 0.003]), callbacks=[stop], epochs=5)
+        trainers.append(fitted(busy(device=device), ema=[0.9, 0.5, 0.99], validation_data=table(30, seed=2), **options))
+    assert_same_fit(*trainers)
+    diverged = []
+    for device in ("cpu", backend):
+        _net, run = unstable(device, models=3, rate=[0.003, 3.0, 0.001], ema=0.9)
+        with pytest.warns(UserWarning, match="the loss of model 1 is not finite at step"):
+            diverged.append(run())
+    for name, values in weights_of(diverged[0].network).items():
+        np.testing.assert_allclose(weights_of(diverged[1].network)[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_training_does_not_notice_that_it_is_averaged(backend):
+    """The weights that it reaches have the bits of a fit without; also where products read a copy in bfloat16."""
+    for precision in ("float32", "bf16"):
+        make = lambda p=precision: network(gm.Dense(9, "relu", norm="batch"), device=backend, precision=p)  # noqa: E731
+        averaged, plain = (fitted(make(), *table(37 * BATCH), ema=ema, schedule="cosine") for ema in (0.99, None))
+        assert averaged.history["loss"] == plain.history["loss"]
+        np.testing.assert_array_equal(averaged._last["flat"].get(), plain.network.flat.get())
+        averaged.fit(*table(), epochs=1, batch_size=BATCH)
+        plain.fit(*table(), epochs=1, batch_size=BATCH)
+        assert averaged.history["loss"] == plain.history["loss"]
+
+
+def test_averaged_weights_are_evaluated_in_bf16(backend):
+    """What products read follows them."""
+    validation = table(30, seed=5)
+    averaged = fitted(network(device=backend, precision="bf16"), ema=0.95, epochs=2, validation_data=validation)
+    net = network(device=backend, precision="bf16")
+    net.flat[...] = averaged.network.flat
+    found = gm.Trainer(net, SOFTMAX).evaluate(*validation)["loss"]
+    assert averaged.history["val_loss"][-1] == averaged.evaluate(*validation)["loss"] == found
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 13, 24])
+def test_averages_are_resumed(step, tmp_path, backend, every_four):
+    options = dict(rows=ROWS, optimizer=gm.Adam([0.01, 0.003, 0.02]), augment=AUGMENT, ema=[0.9, 0.5, 0.99])
+    path = tmp_path / "state"
+    whole = fitted(busy(device=backend), **options)
+    saved_at(busy(device=backend), step, path, False, **options)
+    assert bits_of(resumed(busy(device=backend), path, **options)) == bits_of(whole)
+
+
+def test_averages_travel_between_devices(tmp_path, backend):
+    options = dict(optimizer=gm.AdamW(0.01), ema=0.9)
+    whole = fitted(busy(device="cpu"), **options)
+    saved_at(busy(device=backend), 13, tmp_path / "state", **options)
+    with pytest.warns(UserWarning, match="goes on in another environment"):
+        there = resumed(busy(device="cpu"), tmp_path / "state", **options)
+    assert_same_fit(whole, there)
+
+
 # --- losses that are not finite --------------------------------------------------------------------------------------
 
 
@@ -780,8 +858,8 @@ def saved_at(net, step, path, every_step=True, **options):
         fitted(net, callbacks=[SaveAt(step, path, every_step)], **options)
 
 
-def resumed(net, path, *, loss=SOFTMAX, optimizer="adam", schedule=None, augment=(), **fit):
-    trainer = gm.Trainer(net, loss, optimizer, schedule=schedule, augment=augment)
+def resumed(net, path, *, loss=SOFTMAX, optimizer="adam", schedule=None, augment=(), ema=None, **fit):
+    trainer = gm.Trainer(net, loss, optimizer, schedule=schedule, augment=augment, ema=ema)
     trainer.resume(path)
     callbacks = fit.pop("callbacks", [SaveAt(10**9, path, False)])
     trainer.fit(table()[0], targets_of(loss), **{"epochs": 3, "batch_size": BATCH, "callbacks": callbacks} | fit)
@@ -926,8 +1004,9 @@ def test_an_evaluation_is_recorded_once():
     assert sorted(runtime.captured) == [0, 1, 8, 32]
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("validated", [False, True])
-def test_the_host_asks_once_an_epoch(validated):
+def test_the_host_asks_once_an_epoch(validated, ema):
     """However many steps it has: for losses and counts, and for logits and losses of the validation's rows."""
     downloads = {}
     for n in (40, 80):
@@ -937,12 +1016,13 @@ def test_the_host_asks_once_an_epoch(validated):
             def on_epoch_end(self, trainer, record, at=at, backend=backend):
                 at.append(backend.runtime.downloads)
 
-        long_fit(backend, n, 4, validation_data=table(50) if validated else None, callbacks=[Epochs()])
+        long_fit(backend, n, 4, validation_data=table(50) if validated else None, callbacks=[Epochs()], ema=ema)
         downloads[n] = np.diff(at).tolist()
     assert downloads[40] == downloads[80] == [3 if validated else 1] * 3
 
 
-def test_steps_allocate_nothing_and_download_nothing(monkeypatch):
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_steps_allocate_nothing_and_download_nothing(ema):
     """The second epoch's steps find all that they need."""
     runtime, counts = Counting(), []
 
@@ -952,9 +1032,9 @@ def test_steps_allocate_nothing_and_download_nothing(monkeypatch):
         def on_step_end(self, trainer, loss):
             counts.append((trainer.epochs_done, trainer.position, runtime.allocated, runtime.downloads))
 
-    long_fit(GpuBackend(runtime), callbacks=[Steps()], augment=AUGMENT, validation_data=table(50))
-    second = [count for count in counts if count[0] >= 1]
-    assert len({allocated for _, _, allocated, _ in second}) == 1
+    long_fit(GpuBackend(runtime), callbacks=[Steps()], augment=AUGMENT, validation_data=table(50), ema=ema)
+    for epochs in [(1,), (2,)] if ema else [(1, 2)]:  # between two the factors of the bias correction are sent
+        assert len({allocated for done, _, allocated, _ in counts if done in epochs}) == 1
     for epoch in (0, 1, 2):
         within = [downloads for done, position, _, downloads in counts if done == epoch and position < 40]
         assert len(set(within)) == 1
@@ -1001,10 +1081,10 @@ def test_what_should_change_and_does_not_shows_in_the_curves(what, while_recordi
 @pytest.mark.parametrize("what", [None, "optimizer_step", "gather"])
 def test_a_graph_is_checked_on_request(what, monkeypatch):
     """Against launches one by one, from the same state; what a capture made constant is found."""
-    plain = long_fit(gpu(), augment=AUGMENT)
+    plain = long_fit(gpu(), augment=AUGMENT, ema=0.9)
     monkeypatch.setenv("GPUMLP_CHECK_GRAPH", "1")
     if what is None:
-        assert bits_of(long_fit(gpu(), augment=AUGMENT)) == bits_of(plain)
+        assert bits_of(long_fit(gpu(), augment=AUGMENT, ema=0.9)) == bits_of(plain)
         assert_same_fit(*both(busy, gpu(), optimizer=gm.Adam(clip_norm=1.0), rows=ROWS, augment=AUGMENT))
         return
     bake_in(monkeypatch, what, while_recording=True)

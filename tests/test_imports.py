@@ -40,6 +40,7 @@ workspace               the buffers of one forward and backward pass
 layers augment
 backends
 losses
+averaging               the moving average of a network's weights
 optimizers
 lbfgs                   one iteration of an optimizer that needs more than a row of the table
 optimizer_state         an optimizer at work on one network

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from emulator import EmulatedRuntime, launch, on_device
 
+from gpumlp.averaging import WeightAverage
 from gpumlp.backends.device import DeviceArray, bf16_to_float32, float32_to_bf16
 from gpumlp.backends.kernel_source import instances, kernel_path
 from gpumlp.backends.numpy_backend import NumpyBackend
@@ -338,6 +339,74 @@ def test_penalties_alone_agree(type, l1, l2, gap, offsets):
             arguments = [twins.g, twins.w, *sizes, *penalties, MODELS]
             launch(twins.runtime, f"penalize_{type}", (2, 2), (64,), *arguments)
             np.testing.assert_allclose(twins.g.get(), wanted, rtol=TOLERANCES[type], atol=TOLERANCES[type])
+
+
+# --- averages
+
+
+class Averages:
+    """The same averages of the same weights twice: by NumPy and by the kernel; on the device as ``Twins`` puts them."""
+
+    def __init__(self, type="f32", models=MODELS, n=N, *, gap=0, offsets=(0, 0), schedule=0, grid=(2, 2)):
+        self.twins = twins = Twins(SGD(), type, models, n, gap=gap, schedule=schedule)
+        twins.network.statistics, twins.network.copy_weights = {}, lambda into, models: None
+        self.host = WeightAverage(twins.network, np.linspace(0.5, 0.99, models))
+        self.type, self.grid, of_mean, self.of_w = type, grid, *offsets
+        self.mean, self.rest = twins.put(self.host.averages["flat"], of_mean), on_device(twins.runtime, self.host.rest)
+
+    def move(self, w=None, valid=None, ok=None):
+        """One move on both sides, on the host of every model."""
+        twins, (models, n) = self.twins, self.twins.shape
+        twins.network.flat[...] = twins.rng.standard_normal(twins.shape) if w is None else w
+        NumpyBackend().average(self.host, slice(0, models))
+        flags = [None if f is None else on_device(twins.runtime, np.array(f, np.int32)) for f in (valid, ok)]
+        arguments = [self.mean, twins.put(twins.network.flat, self.of_w), twins.stride, n, self.rest, *flags, models]
+        launch(twins.runtime, f"average_{self.type}", self.grid, (64,), *arguments)
+        return self
+
+    def agree(self):
+        wanted, tolerance = self.host.averages["flat"], TOLERANCES[self.type]
+        np.testing.assert_allclose(self.mean.get(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@every_type
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("n", [1, 7, 8, 31, 64, 1003])
+def test_averages_agree(n, models, type):
+    averages = Averages(type, models, n)
+    for _ in range(4):
+        averages.move().agree()
+
+
+@every_type
+@pytest.mark.parametrize(
+    ("gap", "offsets"), [(TO_16, (16, 16)), (5, (0, 0)), (0, (1, 1)), (TO_16, (2, 0)), (TO_16, (0, 3))]
+)
+def test_averages_may_lie_anywhere(gap, offsets, type):
+    averages = Averages(type, gap=gap, offsets=offsets)
+    averages.move().move().agree()
+    stride = averages.twins.stride
+    whole = DeviceArray(averages.mean.memory, averages.mean.pointer, (MODELS - 1, stride), (stride, 1), type)
+    assert np.isnan(whole.get()[:, N:]).all()
+
+
+@pytest.mark.parametrize(
+    ("valid", "ok", "left"),
+    [([5, 0, 7], None, [1]), (None, [0, 1, 1], [0]), ([5, 0, 7, 9], [0, 1, 1], [0, 1]), ([1, 2, 3], [1, 1, 1], [])],
+)
+def test_the_average_of_a_model_that_made_no_step_stays(valid, ok, left):
+    averages, free = Averages().move(), Averages().move()
+    before, w = averages.mean.get(), np.random.default_rng(6).standard_normal((MODELS, N))
+    w[left] = np.nan
+    now, moved = averages.move(w, valid, ok).mean.get(), free.move(w).mean.get()
+    for m in range(MODELS):
+        np.testing.assert_array_equal(now[m], before[m] if m in left else moved[m])
+
+
+def test_neither_the_grid_nor_the_schedule_changes_a_bit_of_an_average():
+    wanted = Averages().move().move().mean.get()
+    for given in [{"grid": (1, 1)}, {"grid": (5, 3)}, *({"schedule": s} for s in (1, 2, 3))]:
+        np.testing.assert_array_equal(Averages(**given).move().move().mean.get(), wanted)
 
 
 # --- the order of sums

@@ -9,6 +9,7 @@ import pytest
 import gpumlp as gm
 from gpumlp import random
 from gpumlp.activations import ACTIVATIONS
+from gpumlp.averaging import WeightAverage
 from gpumlp.backends import get_backend, numpy_backend
 from gpumlp.backends.base import Backend, Batch, Draw, Dropout, Join, Norm
 from gpumlp.backends.numpy_backend import BLOCK, NumpyBackend, norm_backward, norm_forward
@@ -290,6 +291,22 @@ def test_update_moves_the_models_that_it_is_given():
     np.testing.assert_allclose(network.flat[1], before[1] - 0.25)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_average_moves_the_models_that_it_is_given(dtype):
+    network = gm.Network([gm.Dense(3, norm="batch")], n_features=4, models=3, seed=0, dtype=dtype)
+    average, beta = WeightAverage(network, [0.5, 0.9, 0.99]), np.array([[0.5], [0.9], [0.99]])
+    weights = {"flat": network.flat, **network.statistics}
+    assert average.averages.keys() == weights.keys() and len(weights) == 3
+    for i, values in enumerate(average.averages.values()):
+        values[...] = draw(*values.shape, seed=i)
+    before = {name: values.copy() for name, values in average.averages.items()}
+    BACKEND.average(average, slice(1, 3))
+    for name, w in weights.items():
+        expected = beta * before[name] + (1 - beta) * w
+        np.testing.assert_array_equal(average.averages[name][0], before[name][0])
+        np.testing.assert_allclose(average.averages[name][1:], expected[1:], rtol=1e-5 if dtype == "float32" else 1e-14)
+
+
 # --- a whole step
 
 
@@ -345,6 +362,13 @@ def test_a_step_moves_nothing_between_host_and_device(monkeypatch, optimizer, la
     assert not np.array_equal(network.flat, before) and network.steps.all()
 
 
+def test_a_step_with_averages_does_not_either(monkeypatch):
+    network = watched(monkeypatch, LAYERS["everything"])
+    trainer = gm.Trainer(network, "softmax_cross_entropy", ema=[0.5, 0.9])
+    trainer.fit(draw(33, 4), np.arange(33) % 3, epochs=2, batch_size=8, rows=[np.arange(20), np.arange(33)])
+    assert all(values.any() for values in trainer.average.averages.values())
+
+
 @pytest.mark.parametrize("augment", [gm.GaussianNoise(0.1), gm.Mixup(), gm.RandomShift(1, (2, 2))], ids=repr)
 def test_an_augmented_step_does_not_either(monkeypatch, augment):
     network = watched(monkeypatch, {})
@@ -379,12 +403,15 @@ def test_the_watch_would_notice(monkeypatch):
         gm.Trainer(network, "softmax_cross_entropy", "sgd").fit(draw(20, 4), np.arange(20) % 3, epochs=1)
 
 
-@pytest.mark.parametrize("optimizer", [name for name, row in OPTIMIZERS.items() if not row.full_batch])
-def test_a_step_keeps_its_buffers_and_makes_no_new_ones(optimizer):
+MINI_BATCH = [name for name, row in OPTIMIZERS.items() if not row.full_batch]
+
+
+@pytest.mark.parametrize("optimizer, ema", [*((name, None) for name in MINI_BATCH), ("adam", 0.999)])
+def test_a_step_keeps_its_buffers_and_makes_no_new_ones(optimizer, ema):
     """After the first step, nothing near the size of an activation or of the parameters is allocated, nor kept."""
     batch, hidden = 1024, 256
     network = gm.Network([gm.Dense(hidden, "relu"), gm.Dense(4)], n_features=300, seed=0)
-    trainer, peaks = gm.Trainer(network, "softmax_cross_entropy", optimizer), []
+    trainer, peaks = gm.Trainer(network, "softmax_cross_entropy", optimizer, ema=ema), []
     flat, gradient = network.flat, network.flat_gradient
 
     class Measure(gm.Callback):

@@ -203,6 +203,9 @@ class Backend(Protocol):
     def limit_norms(self, network: Any, name: str, max_norm: float, models: slice) -> None:
         """Scale the rows of the weights ``name`` whose Euclidean norm exceeds ``max_norm`` down to it."""
 
+    def average(self, average: Any, models: slice) -> None:
+        """Move the averages of the weights of ``models`` by one update; see ``gpumlp.averaging``."""
+
     def dot(self, a: Array, b: Array | None) -> np.ndarray:
         """Each model's Σ a b over (models, n), or Σ |a| where b is None: (models,) float64 on the host."""
 

@@ -475,6 +475,15 @@ class GpuBackend:
         grid = (self._row_blocks(units), min(count, LARGEST_GRID))
         self._launch(f"limit_norms_{W.type}", grid, W, stride, units, fan_in, max_norm, shadow, ok, valid, count)
 
+    def average(self, average: Any, models: slice, counters: Any = None) -> None:
+        rest = average.rest[models]
+        valid, ok = (None, None) if counters is None else (counters.valid, counters.ok)
+        for name, values in average.weights.items():
+            mean, w = average.averages[name][models], values[models]
+            count, n = w.shape
+            grid = (self._blocks(n, 4), min(count, LARGEST_GRID))
+            self._launch(f"average_{w.type}", grid, mean, w, w.strides[0], n, rest, valid, ok, count)
+
     # --- vectors of parameters, for L-BFGS
 
     def dot(self, a, b) -> np.ndarray:

@@ -191,6 +191,12 @@ class NumpyBackend:
         norm = np.sqrt(np.vecdot(W, W))
         np.multiply(W, (max_norm / np.maximum(norm, max_norm))[..., None], out=W)
 
+    def average(self, average: Any, models: slice) -> None:
+        for mean, w, rest, scratch in average.blocks(models):
+            np.subtract(w, mean, out=scratch)
+            np.multiply(scratch, rest, out=scratch)
+            np.add(mean, scratch, out=mean)
+
     # --- vectors of parameters, for L-BFGS
 
     def dot(self, a, b) -> np.ndarray:

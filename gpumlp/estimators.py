@@ -760,7 +760,8 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     def predict(self, X: Any) -> np.ndarray:
         """Values (n_samples,) or (n_samples, n_outputs); several quantiles ascending. Raises ValueError, NotFittedError."""
-        values = self.network_.values(self._logits(X), self.out_activation_)
+        z = self._logits(X)
+        values = self.network_.values(z, self.out_activation_)
         if self.loss == "quantile":
             values = np.sort(values, axis=1)
         return values[:, 0] if values.shape[1] == 1 else values

@@ -158,8 +158,10 @@ def all_cells(names: list[str] | None, columns: list[Any]) -> list[Cells]:
 
 def is_table(thing: Any) -> bool:
     """Whether it has columns of types of their own: a pandas, polars or pyarrow table, or a dict of columns."""
+    if isinstance(thing, Mapping | Table):
+        return not hasattr(thing, "toarray")  # one of SciPy's sparse matrices is a mapping
     ways = ("columns", "get_columns", "itercolumns")  # of pandas, polars, pyarrow
-    return isinstance(thing, Mapping | Table) or (bool(_home(thing)) and any(hasattr(thing, way) for way in ways))
+    return bool(_home(thing)) and any(hasattr(thing, way) for way in ways)
 
 
 def needs_encoding(table: Any) -> bool:

@@ -17,7 +17,6 @@ from .layers import Add, Concat, Dense, Embedding, Input
 from .losses import Loss
 from .network import Network
 from .optimizers import LBFGS, SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
-from .perceptron import Perceptron
 from .schedules import Constant, Cosine, Exponential, OneCycle, ReduceOnPlateau, StepDecay
 from .trainer import DivergedError, Trainer
 
@@ -51,7 +50,6 @@ __all__ = [
     "NAdam",
     "Network",
     "OneCycle",
-    "Perceptron",
     "ProgressBar",
     "RMSprop",
     "RandomShift",
@@ -67,13 +65,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """MLPClassifier and MLPRegressor, which need scikit-learn: imported when they are first asked for.
+    """MLPClassifier, MLPRegressor and Perceptron, which need scikit-learn: imported when they are first asked for.
 
     They are not in ``__all__``, so that ``from gpumlp import *`` needs no extra.
     """
-    if name not in ("MLPClassifier", "MLPRegressor"):
+    if name not in ("MLPClassifier", "MLPRegressor", "Perceptron"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        if name == "Perceptron":
+            from .perceptron import Perceptron
+
+            return Perceptron
         from . import estimators
     except ImportError as error:
         raise ImportError(f'{name} needs scikit-learn: pip install "gpumlp[sklearn]" ({error})') from error

@@ -59,7 +59,8 @@ FORWARDED = {
 }
 
 CORE = {"numpy", "tqdm", "safetensors"}  # installed always; everything else is an extra
-EXTRAS = {"estimators": "sklearn", "backends.cupy_runtime": "cupy"}  # the modules that are about an extra
+# The modules that are about an extra.
+EXTRAS = {"estimators": "sklearn", "perceptron": "sklearn", "backends.cupy_runtime": "cupy"}
 
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))
@@ -178,7 +179,7 @@ def test_plots_and_data_are_there_without_a_further_import():
     assert run.stdout == "learning_curves encode_labels\n", run.stderr
 
 
-@pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor"])
+@pytest.mark.parametrize("name", ["MLPClassifier", "MLPRegressor", "Perceptron"])
 def test_estimators_come_with_scikit_learn_or_say_so(name):
     """In a process of its own, without scikit-learn as far as imports can tell."""
     code = f"import sys; sys.modules['sklearn'] = None; import gpumlp; gpumlp.{name}"

@@ -11,7 +11,7 @@ from .augment import GaussianNoise, Mixup, RandomShift
 from .callbacks import Callback, CSVLogger, EarlyStopping, ProgressBar, TensorBoard
 from .checkpoints import Checkpoint
 from .container import FileError
-from .data import batches
+from .data import TableEncoder, batches
 from .files import load
 from .layers import Add, Concat, Dense, Embedding, Input
 from .losses import Loss
@@ -55,6 +55,7 @@ __all__ = [
     "RandomShift",
     "ReduceOnPlateau",
     "StepDecay",
+    "TableEncoder",
     "TensorBoard",
     "Trainer",
     "batches",

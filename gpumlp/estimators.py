@@ -694,8 +694,8 @@ class MLPRegressor(RegressorMixin, _MLP):
         quantiles: of ``loss="quantile"``, each in (0, 1), ascending. Several give one output each, for one column of y;
             ``predict`` sorts a row's, so that they never cross (Chernozhukov et al. 2010).
         scoring: as ``MLPClassifier``; None is R², for quantiles the negative loss.
-        standardize_targets: fit (y - mean) / deviation; predictions are in the units of y, losses are not. "auto" does where a
-            table is encoded and the loss is one over values (not "poisson").
+        standardize_targets: fit (y - mean) / deviation; predictions are in the units of y, losses are not. "auto" does so
+            where a table is encoded, except with "poisson".
 
     All other parameters and attributes are those of ``MLPClassifier``, less those about classes.
 

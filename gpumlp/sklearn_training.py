@@ -1,4 +1,4 @@
-"""How scikit-learn's MLP classes train, in the library's terms: what a loss is worth, when a fit ends, what weights it begins with.
+"""How scikit-learn's MLP classes train, in the library's terms: the size of a loss, the end of a fit, the initial weights.
 
 Its loss halves squared errors, and its gradient is of the sum over the outputs where ours is of their mean. ``Task`` holds
 both factors; learning rate, epsilon, penalty and clipping go through them.

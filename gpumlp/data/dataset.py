@@ -1,6 +1,7 @@
 """What a data set is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ class Dataset:
 
     Fields:
         name: of the built-in set, the file or the folder.
-        X: (n_samples, n_features), in the dtype of its source: uint8 for images, float32 for CSV.
+        X: (n_samples, n_features), in the dtype of its source: uint8 for images, float32 for CSV; from `load_table` the
+            columns as a table that a `TableEncoder` takes.
         y: classification: labels (n_samples,) int64, indices into `classes`; regression: (n_samples, n_outputs)
             float32.
         task: "classification" or "regression".
@@ -22,7 +24,7 @@ class Dataset:
     """
 
     name: str
-    X: np.ndarray
+    X: Any
     y: np.ndarray
     task: str
     X_test: np.ndarray | None = None
@@ -35,5 +37,7 @@ class Dataset:
     def __repr__(self) -> str:
         outputs = f"{self.y.shape[1]} outputs" if self.classes is None else f"{len(self.classes)} classes"
         test = "no test rows" if self.X_test is None else f"{len(self.X_test)} test rows"
-        rows, columns = self.X.shape
-        return f"Dataset({self.name}: {self.task}, {rows} rows, {columns} features {self.X.dtype}, {outputs}, {test})"
+        features = f"{len(self.feature_names or ())} columns of a table"
+        if isinstance(self.X, np.ndarray):
+            features = f"{self.X.shape[1]} features {self.X.dtype}"
+        return f"Dataset({self.name}: {self.task}, {len(self.y)} rows, {features}, {outputs}, {test})"

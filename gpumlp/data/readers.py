@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +12,13 @@ from .builtin import BUILTIN
 from .checks import check_targets, check_X, encode_labels
 from .dataset import Dataset
 from .idx import find_part, is_idx_name, read_images, read_part
-from .table import is_number, parse_numbers, read_header, read_table
+from .table import Table, is_number, parse_numbers, read_header, read_parquet, read_table, require_words
 
 MAX_CLASSES = 20  # whole numbers with more different values than this are quantities rather than classes
 TASKS = ("classification", "regression")
 FORMATS = "a folder of IDX files, .npz, .csv or .csv.gz"
 CSV_ENDINGS = (".csv", ".csv.gz")
+TABLE_ENDINGS = (*CSV_ENDINGS, ".parquet")
 
 
 def load(source: str | os.PathLike[str], *, target: str | None = None, task: str | None = None) -> Dataset:
@@ -30,7 +32,8 @@ def load(source: str | os.PathLike[str], *, target: str | None = None, task: str
               with .gz or without, with a dot before idx or a dash;
             - .npz with X and y, perhaps X_test and y_test; or x_train and y_train, perhaps x_test and y_test. Images of
               shape (n, rows, columns) are flattened;
-            - .csv or .csv.gz with a header, in UTF-8, commas between cells, every column but the target a number.
+            - .csv or .csv.gz with a header, in UTF-8, commas between cells, every column but the target a number;
+              `load_table` reads those with categories and missing cells.
         target: CSV: the name of the target column, or several with commas between them (regression).
         task: "classification" or "regression"; None infers it from y: text, bools, and whole numbers with at most 20
             different values are classes, everything else is regression.
@@ -57,6 +60,52 @@ def load(source: str | os.PathLike[str], *, target: str | None = None, task: str
     if is_idx_name(path):
         raise ValueError(f"{path} is one file of an IDX set; pass its folder, {path.parent}")
     raise ValueError(f"{path} has an unknown ending; allowed are {FORMATS}")
+
+
+def is_table_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the name is one of a file for `load_table`: .csv, .csv.gz or .parquet."""
+    return str(path).lower().endswith(TABLE_ENDINGS)
+
+
+def load_table(path: str | os.PathLike[str], *, target: str | None, task: str | None = None) -> Dataset:
+    """Read a table with numbers, categories and missing cells.
+
+    Arguments:
+        path: .csv or .csv.gz as `load` reads it, or .parquet (the extra `parquet`).
+        target: the name of the target column, or several with commas between them (regression).
+        task: as `load`.
+
+    Returns: see `Dataset`; X holds all other columns, as `TableEncoder.fit` takes them.
+
+    Raises: as `load`; ImportError without what reads Parquet.
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be 'classification', 'regression' or None")
+    path = _existing(path)
+    table = read_columns(path)
+    X: Any
+    y: np.ndarray
+    if isinstance(table, Table):
+        targets = _target_names(list(table.text), target, task, path)
+        X = Table(table.numbers, {name: c for name, c in table.text.items() if name not in targets}, table.lines)
+        features, y = list(X.text), _target_cells(table, targets, task, path)
+    else:
+        targets = _target_names(table.column_names, target, task, path)
+        X = table.drop_columns(targets)
+        features, y = X.column_names, _target_columns(table, targets, path)
+    task, y, classes = _targets(y, len(y), task, "y")
+    return Dataset(_stem(path), X, y, task, classes=classes, feature_names=features, target_names=targets)
+
+
+def read_columns(path: str | os.PathLike[str]) -> Any:
+    """All columns of a .csv, .csv.gz or .parquet file, as a table that a `TableEncoder` takes.
+
+    Raises: FileNotFoundError and ValueError as `load`; ImportError without what reads Parquet.
+    """
+    path = _existing(path)
+    if not is_table_file(path) or path.is_dir():
+        raise ValueError(f"{path} is no table; a table is a file that ends with {', '.join(TABLE_ENDINGS)}")
+    return read_parquet(path) if path.suffix.lower() == ".parquet" else read_table(path, [], read_header(path))
 
 
 def read_rows(
@@ -172,6 +221,20 @@ def _flat(X: np.ndarray) -> np.ndarray:
 
 def _load_csv(path: Path, target: str | None, task: str | None) -> Dataset:
     header = read_header(path)
+    targets = _target_names(header, target, task, path)
+    features = [name for name in header if name not in targets]
+    table = read_table(path, features, targets)
+    y = _target_cells(table, targets, task, path)
+    task, y, classes = _targets(y, len(y), task, "y")
+    return Dataset(_stem(path), table.numbers, y, task, classes=classes, feature_names=features, target_names=targets)
+
+
+def _stem(path: Path) -> str:
+    return path.name[: path.name.lower().index(".csv")] if ".csv" in path.name.lower() else path.stem
+
+
+def _target_names(header: list[str], target: str | None, task: str | None, path: Path) -> list[str]:
+    """The target columns; there are others besides them."""
     columns = _listed(header)
     if target is None:
         raise ValueError(f"{path}: which column is the target? Name it with target; the columns are {columns}")
@@ -183,20 +246,31 @@ def _load_csv(path: Path, target: str | None, task: str | None) -> Dataset:
         raise ValueError(f"target names a column twice: {target!r}")
     if len(targets) > 1 and task == "classification":
         raise ValueError(f"classification has one target column, target names {len(targets)}: {_listed(targets)}")
-    features = [name for name in header if name not in targets]
-    if not features:
+    if len(targets) == len(header):
         raise ValueError(f"{path} has no columns besides the target; features are needed")
+    return targets
 
-    table = read_table(path, features, targets)
-    cells = table.text[targets[0]]
-    y: np.ndarray
-    if len(targets) == 1 and _names_classes(cells, task):
-        y = np.array(cells)
-    else:
-        y = np.column_stack([parse_numbers(table.text[name], table.lines, name, path) for name in targets])
-    task, y, classes = _targets(y, len(y), task, "y")
-    name = path.name[: path.name.lower().index(".csv")]
-    return Dataset(name, table.numbers, y, task, classes=classes, feature_names=features, target_names=targets)
+
+def _target_cells(table: Table, targets: list[str], task: str | None, path: Path) -> np.ndarray:
+    """y of a CSV file: text, or numbers."""
+    cells = [require_words(table, name, path) for name in targets]
+    if len(targets) == 1 and _names_classes(cells[0], task):
+        return np.array(cells[0])
+    return np.column_stack(
+        [parse_numbers(column, table.lines, name, path) for name, column in zip(targets, cells, strict=True)]
+    )
+
+
+def _target_columns(table: Any, targets: list[str], path: Path) -> np.ndarray:
+    """y of a Parquet file, in the types that it has there."""
+    columns = []
+    for name in targets:
+        column = table.column(name)
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(f'{path}, row {row}, column "{name}": the cell is empty; drop the row')
+        columns.append(np.array(column.to_pylist()))
+    return columns[0] if len(columns) == 1 else np.column_stack(columns)
 
 
 def _names_classes(cells: list[str], task: str | None) -> bool:

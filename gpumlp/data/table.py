@@ -1,4 +1,4 @@
-"""CSV: a header, then rows of numbers, with columns of text where they are asked for."""
+"""Files of tables: CSV, a header, then rows of numbers, with columns of text where they are asked for; and Parquet."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ class Table:
 
     Fields:
         numbers: (n, columns) float32.
-        text: for each text column, its n cells without surrounding spaces.
+        text: for each text column, its n cells without surrounding spaces; an empty one is missing.
         lines: (n,) the line of the file on which each row starts, from 1.
     """
 
@@ -56,8 +56,8 @@ def read_header(path: Path) -> list[str]:
 def read_table(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> Table:
     """Read the named columns, in the order of the names; others are skipped.
 
-    Raises: ValueError naming the file, line and column, for cells that are not finite float32 numbers, empty text
-        cells, rows of another length than the header, no rows, encoding other than UTF-8, open quotes and damaged gzip.
+    Raises: ValueError naming the file, line and column, for cells that are not finite float32 numbers, rows of another
+        length than the header, no rows, encoding other than UTF-8, open quotes and damaged gzip.
     """
     header = read_header(path)
     place = {name: index for index, name in enumerate(header)}
@@ -69,7 +69,7 @@ def read_table(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> 
         for column, name in enumerate(numbers):
             block[:, column] = parse_numbers(columns[place[name]], lines, name, path)
         for name in text:
-            cells[name].extend(_words(columns[place[name]], lines, name, path))
+            cells[name].extend(cell.strip() for cell in columns[place[name]])
         blocks.append(block)
         all_lines.extend(lines)
     if not blocks:
@@ -95,11 +95,29 @@ def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, colum
     return values
 
 
-def _words(cells: Sequence[str], lines: Sequence[int], column: str, path: Path) -> list[str]:
-    words = [cell.strip() for cell in cells]
+def require_words(table: Table, column: str, path: Path) -> list[str]:
+    """The cells of a text column, none of which may be empty. Raises ValueError naming the line."""
+    words = table.text[column]
     if "" in words:
-        raise ValueError(f'{path}, line {lines[words.index("")]}, column "{column}": the cell is empty; drop the row')
+        line = table.lines[words.index("")]
+        raise ValueError(f'{path}, line {line}, column "{column}": the cell is empty; drop the row')
     return words
+
+
+def read_parquet(path: Path) -> Any:
+    """The file as a pyarrow table.
+
+    Raises: ImportError without pyarrow; ValueError naming the file, for one that is damaged.
+    """
+    try:
+        import pyarrow  # type: ignore
+        import pyarrow.parquet  # type: ignore
+    except ImportError as error:
+        raise ImportError(f'{path} needs pyarrow: pip install "gpumlp[parquet]" ({error})') from error
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _number(cell: str) -> float:

@@ -26,8 +26,8 @@ from train_step import write_json
 import gpumlp as gm
 from gpumlp import random
 from gpumlp.activations import ACTIVATIONS
-from gpumlp.backends.base import Dropout
 from gpumlp.averaging import WeightAverage
+from gpumlp.backends.base import Dropout
 from gpumlp.backends.device import ITEM_SIZES, DeviceArray
 from gpumlp.backends.gpu_backend import GpuBackend
 from gpumlp.backends.gpu_work import PARTIALS, DeviceBatch

@@ -50,11 +50,18 @@ class WeightAverage:
         key = (models.start, models.stop)
         if key not in self._blocks:
             self._blocks[key] = [
-                (average[part], w[part], self.rest[part[0], None], self.scratch[: w[part].size].reshape(w[part].shape))
+                self._block(average, w, *part)
                 for average, w in zip(self.averages.values(), self.weights.values(), strict=True)
                 for part in parts(models, 0, w.shape[1])
             ]
         return self._blocks[key]
+
+    def _block(self, average: Any, w: Any, rows: slice, columns: slice) -> tuple:
+        # One model's block as plain vectors and its 1 - β as a scalar: array operations start faster on them.
+        alone = rows.stop - rows.start == 1
+        part = (rows.start if alone else rows, columns)
+        scratch = self.scratch[: w[part].size].reshape(w[part].shape)
+        return average[part], w[part], self.rest[rows.start] if alone else self.rest[rows, None], scratch
 
     def keep(self) -> dict[str, Any]:
         """A copy of the weights that training has reached; the same memory every time."""

@@ -252,7 +252,7 @@ def test_kernels_behind_the_deadline_or_beyond_memory_are_left_out(bench, backen
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--kernels", "gather,fast"], "fast is not known; choose from add_columns, batch_norm_backward"),
+        (["--kernels", "gather,fast"], "fast is not known; choose from add_columns, average, batch_norm_backward"),
         (["--sizes", "64,big"], "--sizes takes numbers above 0 with commas between them"),
         (["--sizes", "0"], "--sizes takes numbers above 0 with commas between them"),
     ],

@@ -60,23 +60,43 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     t = command("train", commands.train, "train a network on a data set", device)
-    t.add_argument("data", help="digits, moons, circles, spirals, xor, sine; a folder of IDX files; .npz; .csv[.gz]")
-    t.add_argument("--target", help="the target column of a CSV file; several separated by commas")
+    t.add_argument(
+        "data", help="digits, moons, circles, spirals, xor, sine; a folder of IDX files; .npz; .csv[.gz] or .parquet"
+    )
+    t.add_argument("--target", help="the target column of a table; several separated by commas")
     t.add_argument("--task", choices=["classification", "regression"], help="default: by the target's values")
     network = t.add_argument_group("network")
     network.add_argument(
-        "--hidden", type=_widths, default=[128], metavar="N[,N...]", help="hidden widths (default: 128)"
+        "--hidden", type=_widths, metavar="N[,N...]", help="hidden widths (default: 128, of a table 256)"
     )
     network.add_argument("--activation", default="relu", help="of the hidden layers (default: relu)")
     network.add_argument("--norm", choices=["batch", "layer"], help="normalisation before the non-linearity")
-    network.add_argument("--dropout", type=float, default=0.0, metavar="RATE", help="of the hidden layers")
+    network.add_argument(
+        "--dropout", type=float, metavar="RATE", help="of the hidden layers (default: 0, of a table 0.2)"
+    )
     network.add_argument("--input-dropout", type=float, default=0.0, metavar="RATE")
     network.add_argument("--initializer", help="default: by the activation")
     network.add_argument(
         "--standardize",
         choices=["columns", "global", "none"],
-        help="of the input (default: global for images, else columns)",
+        help="of the input, for arrays (default: global for images, else columns)",
     )
+    table = t.add_argument_group("tables", "How the columns of a CSV or Parquet file become numbers.")
+    table.add_argument(
+        "--categorical",
+        metavar="NAME[,NAME...]",
+        help="categories; the other columns are numbers (default: by their cells)",
+    )
+    table.add_argument(
+        "--scaling",
+        choices=["standard", "robust", "quantile", "piecewise", "none"],
+        help="of numbers (default: standard)",
+    )
+    table.add_argument("--impute", choices=["median", "mean"], help="of missing numbers (default: median)")
+    table.add_argument(
+        "--one-hot-limit", type=int, metavar="N", help="more categories become learned vectors (default: 64)"
+    )
+    table.add_argument("--embedding-size", type=int, metavar="N", help="length of these vectors (default: 8)")
     training = t.add_argument_group("training")
     training.add_argument("--loss", help="default: softmax_cross_entropy, or squared_error")
     training.add_argument(
@@ -85,9 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--learning-rate", type=float, metavar="RATE", help="default: the optimizer's")
     training.add_argument("--schedule", metavar="NAME", help=", ".join(SCHEDULES))
     training.add_argument("--warmup", type=float, default=0.0, metavar="EPOCHS", help="of the cosine schedule")
-    training.add_argument("--epochs", type=int, default=20)
-    training.add_argument("--batch-size", type=int, default=64)
-    training.add_argument("--patience", type=int, metavar="EPOCHS", help="stop early, by a tenth of the rows held out")
+    training.add_argument("--epochs", type=int, help="default: 20, of a table at most 100")
+    training.add_argument("--batch-size", type=int, help="default: 64, of a table of 10,000 rows or more 256")
+    training.add_argument(
+        "--patience",
+        type=int,
+        metavar="EPOCHS",
+        help="stop early, by a tenth of the rows held out; 0: do not (default: 0, of a table 8)",
+    )
+    training.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, say 0.999")
     training.add_argument("--time-limit", type=float, metavar="SECONDS")
     training.add_argument("--precision", default="float32", choices=PRECISIONS, help="what a GPU may do with float32")
     training.add_argument("--seed", type=int, default=0)
@@ -102,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     regular.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA")
     regular.add_argument("--shift", type=int, default=0, metavar="PIXELS", help="random shifts of images")
     outputs = t.add_argument_group("results")
-    outputs.add_argument("--output", metavar="FILE", help="write the model (.safetensors)")
+    outputs.add_argument(
+        "--output", metavar="FILE", help="write the model (.safetensors; default of a table: its name, in this folder)"
+    )
     outputs.add_argument("--plot", metavar="FILE", help="draw the learning curves (.png, .svg, .pdf)")
     outputs.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix of the test rows")
     outputs.add_argument("--boundary", metavar="FILE", help="draw decisions over two features, or the curve over one")
@@ -116,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("predict", commands.predict, "predictions of a saved model", device)
     p.add_argument("model")
-    p.add_argument("rows", help=".csv[.gz] with a header, .npz with X, or IDX images")
+    p.add_argument("rows", help=".csv[.gz] with a header, .parquet, .npz with X, or IDX images")
     p.add_argument("--proba", action="store_true", help="probabilities instead of labels")
     p.add_argument("--output", metavar="FILE", help="write CSV there instead of standard output")
 

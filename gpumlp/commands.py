@@ -11,6 +11,9 @@ import io
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,11 @@ from .augment import GaussianNoise, Mixup, RandomShift
 from .backends import get_backend
 from .callbacks import CSVLogger, EarlyStopping
 from .container import write_atomically
-from .data import Dataset, encode_labels, load, read_rows, split_indices
+from .data import Dataset, TableEncoder, encode_labels, load, load_table, read_columns, read_rows, split_indices
+from .data.cells import all_numbers
+from .data.readers import is_table_file
 from .files import load as load_model
-from .layers import Dense
+from .layers import Dense, Embedding
 from .losses import LOSSES, Loss
 from .network import Network
 from .optimizers import OPTIMIZERS, Optimizer
@@ -37,49 +42,54 @@ Result = tuple[dict[str, Any], str]
 
 
 def train(options: argparse.Namespace) -> Result:
-    """Train on a data set; evaluate on its test rows, or on held-out ones; write what was asked for."""
-    data = load(options.data, target=options.target, task=options.task)
+    """Train on a data set; evaluate on its test rows, or on held-out ones; write what was asked for.
+
+    Of a table (CSV, Parquet) all that a flag could say is inferred: what each column is, how it becomes numbers, and when
+    training has to end. The model's file then takes raw rows.
+    """
+    data = _read(options.data, options.target, options.task)
+    _choose_defaults(options, data)
     _check_outputs(options, data)  # before hours of training, not after
-    stratify = data.y if data.classes is not None else None
-    X, y, X_test, y_test = data.X, data.y, data.X_test, data.y_test
-    if X_test is None or y_test is None:
-        X, y, X_test, y_test = _hold_out(X, y, options.test_share, options.seed, stratify)
+    parts = _parts(options, data)
     _say(
         options,
-        f"{data.name}: {data.task}, {len(X)} rows to train on, {len(X_test)} to test on, {X.shape[1]} features",
+        f"{data.name}: {data.task}, {len(parts.train[1])} rows to train on, {len(parts.test[1])} to test on, "
+        f"{_features(data)} features",
     )
-    network, loss = _network(options, data)
+    if parts.encoder is not None:
+        _say(options, parts.encoder.report())
+    network, loss = _network(options, data, parts)
     if options.warmup and options.schedule != "cosine":
         raise ValueError("--warmup belongs to --schedule cosine; one_cycle warms up by itself")
     schedule = Cosine(warmup=options.warmup) if options.schedule == "cosine" else get_schedule(options.schedule)
-    trainer = Trainer(network, loss, _optimizer(options), schedule=schedule, augment=_augmentation(options, data))
+    augment = _augmentation(options, data)
+    trainer = Trainer(network, loss, _optimizer(options), schedule=schedule, augment=augment, ema=options.ema)
     _say(options, network.summary())
     callbacks: list[Any] = [CSVLogger(options.log)] if options.log else []
-    validation = (X_test, y_test)
-    if options.patience is not None:
+    if options.patience:
         callbacks.append(EarlyStopping(options.patience))
-    if options.patience is not None or options.schedule == "plateau":
-        # Rows that choose the epoch or the learning rate must not be those that judge the result.
-        X, y, *held = _hold_out(X, y, 0.1, options.seed, y if data.classes is not None else None)
-        validation = (held[0], held[1])
+    X, y = parts.train
     history = trainer.fit(
         X,
         y,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        validation_data=validation,
+        validation_data=parts.validation or parts.test,
         callbacks=callbacks,
         progress=False if options.quiet else None,
         time_limit=options.time_limit,
     )
     network.classes = data.classes
-    test = _measure(trainer, X_test, y_test)
-    files = _write(options, network, data, history, X_test, y_test)
+    test = _measure(trainer, *parts.test)
+    predicted = network.predict(parts.test[0])
+    network.encoder = parts.encoder  # from here on the network takes raw rows
+    files = _write(options, network, data, history, parts, predicted)
     result = {
         "data": data.name,
         "task": data.task,
         "parameters": network.n_parameters,
         "device": network.device_reason,
+        "columns": None if parts.encoder is None else parts.encoder.describe()["columns"],
         "epochs": len(history.get("epoch", [])),
         "seconds": history["seconds"][-1] if history else None,
         "stopped": trainer.stopped,
@@ -89,6 +99,88 @@ def train(options: argparse.Namespace) -> Result:
     }
     text = f"test: {_figures(test)}; {result['epochs']} epochs in {result['seconds'] or 0:.1f} s"
     return result, text + "".join(f"\n{kind}: {path}" for kind, path in files.items())
+
+
+# What a flag that was not given stands for; a table's training ends by itself.
+DEFAULTS = {"hidden": [128], "dropout": 0.0, "epochs": 20, "batch_size": 64, "patience": 0}
+TABLE_DEFAULTS = {"hidden": [256], "epochs": 100, "patience": 8}
+STEPS_AN_EPOCH = 50  # about so many for a small table; batches have 16 to 256 rows
+
+
+def _choose_defaults(options: argparse.Namespace, data: Dataset) -> None:
+    """Fill in the flags that were not given; the model of a table is written in any case."""
+    is_table, defaults = is_table_file(options.data), dict(DEFAULTS)
+    if is_table:
+        rows = 2 ** round(np.log2(len(data.y) / STEPS_AN_EPOCH))
+        # Dropout blurs what a regression is to hit, and helps a classification.
+        dropout = 0.0 if data.classes is None else 0.2
+        defaults = TABLE_DEFAULTS | {"dropout": dropout, "batch_size": int(np.clip(rows, 16, 256))}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if is_table and options.standardize is not None:
+        raise ValueError(f"--standardize {options.standardize} is for arrays; the columns of a table have --scaling")
+    if not is_table:
+        for name in ("scaling", "categorical", "one_hot_limit", "embedding_size", "impute"):
+            if getattr(options, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is for tables (.csv, .csv.gz, .parquet); {options.data} is none")
+    if is_table and options.output is None:
+        options.output = f"{data.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows to train on, to choose the epoch by, and to judge by: each X and y."""
+
+    train: tuple[Any, np.ndarray]
+    validation: tuple[Any, np.ndarray] | None
+    test: tuple[Any, np.ndarray]
+    encoder: TableEncoder | None = None  # of a table, whose X are encoded here
+    raw_test: np.ndarray | None = None  # the test rows as the network takes them in the end, where they are numbers
+
+
+def _parts(options: argparse.Namespace, data: Dataset) -> Parts:
+    stratify = data.y if data.classes is not None else None
+    y = data.y
+    kept = np.arange(len(y))
+    test = None
+    if data.X_test is None or data.y_test is None:
+        kept, test = split_indices(len(y), options.test_share, seed=options.seed, stratify=stratify)
+    held = None
+    if options.patience or options.schedule == "plateau":
+        # Rows that choose the epoch or the learning rate must not be those that judge the result.
+        own = None if stratify is None else stratify[kept]
+        rest, chosen = split_indices(len(kept), 0.1, seed=options.seed, stratify=own)
+        kept, held = kept[rest], kept[chosen]
+    X, encoder = data.X, None
+    if is_table_file(options.data):
+        with _naming(options.data):
+            encoder = _encoder(options).fit(data.X, rows=kept)  # what is held out is not learned from
+            X = encoder.transform(data.X)
+    judged = (data.X_test, data.y_test) if test is None else (X[test], y[test])
+    validation = None if held is None else (X[held], y[held])
+    raw = judged[0]
+    if options.boundary and encoder is not None:
+        raw = all_numbers(data.X)[test]
+    return Parts((X[kept], y[kept]), validation, judged, encoder, raw)  # type: ignore[arg-type]
+
+
+def _encoder(options: argparse.Namespace) -> TableEncoder:
+    given = {name: getattr(options, name) for name in ("one_hot_limit", "impute") if getattr(options, name) is not None}
+    if options.scaling is not None:
+        given["scaling"] = None if options.scaling == "none" else options.scaling
+    if options.categorical is not None:
+        given["categorical_features"] = [name for name in options.categorical.split(",") if name] or None
+    return TableEncoder(**given)
+
+
+def _read(source: Any, target: str | None, task: str | None) -> Dataset:
+    return (load_table if is_table_file(source) else load)(source, target=target, task=task)
+
+
+def _features(data: Dataset) -> int:
+    return len(data.feature_names) if data.feature_names is not None else data.X.shape[1]
 
 
 def _check_outputs(options: argparse.Namespace, data: Dataset) -> None:
@@ -105,17 +197,12 @@ def _check_outputs(options: argparse.Namespace, data: Dataset) -> None:
             plots.check_path(path)
     if options.confusion and data.classes is None:
         raise ValueError("--confusion needs classes; this is a regression")
-    if options.boundary and data.X.shape[1] != (1 if data.classes is None else 2):
+    if options.boundary and _features(data) != (1 if data.classes is None else 2):
         drawn = "two features of a classification or one of a regression"
-        raise ValueError(f"--boundary draws {drawn}; this is a {data.task} with {data.X.shape[1]}")
+        raise ValueError(f"--boundary draws {drawn}; this is a {data.task} with {_features(data)}")
 
 
-def _hold_out(X: np.ndarray, y: np.ndarray, share: float, seed: int, stratify: np.ndarray | None) -> tuple:
-    kept, held = split_indices(len(X), share, seed=seed, stratify=stratify)
-    return X[kept], y[kept], X[held], y[held]
-
-
-def _network(options: argparse.Namespace, data: Dataset) -> tuple[Network, Loss]:
+def _network(options: argparse.Namespace, data: Dataset, parts: Parts) -> tuple[Network, Loss]:
     """The network that the options describe, and its loss."""
     is_classifier = data.classes is not None
     name = options.loss or ("softmax_cross_entropy" if is_classifier else "squared_error")
@@ -129,13 +216,20 @@ def _network(options: argparse.Namespace, data: Dataset) -> tuple[Network, Loss]
             raise ValueError(f"--loss {name} needs two classes; {data.name} has {outputs}")
         outputs = 1
     scaling = options.standardize or ("global" if data.image_shape else "columns")
+    vectors = []
+    if parts.encoder is not None:
+        scaling = "none"
+        if parts.encoder.code_sizes:
+            vectors = [Embedding(tuple(parts.encoder.code_sizes), options.embedding_size or 8)]
+        elif options.embedding_size is not None:
+            raise ValueError("--embedding-size is for columns of many categories, and there are none")
     hidden = [
         Dense(units, options.activation, norm=options.norm, dropout=options.dropout, initializer=options.initializer)
         for units in options.hidden
     ]
     network = Network(
-        [*hidden, Dense(outputs)],
-        n_features=data.X.shape[1],
+        [*vectors, *hidden, Dense(outputs)],
+        n_features=parts.train[0].shape[1],
         seed=options.seed,
         device=options.device,
         precision=options.precision,
@@ -166,7 +260,7 @@ def _augmentation(options: argparse.Namespace, data: Dataset) -> list[Any]:
 
 
 def _write(
-    options: argparse.Namespace, network: Network, data: Dataset, history: dict, X_test: np.ndarray, y_test: np.ndarray
+    options: argparse.Namespace, network: Network, data: Dataset, history: dict, parts: Parts, predicted: np.ndarray
 ) -> dict[str, str]:
     """Model and pictures; returns what was written where."""
     if options.output:
@@ -176,13 +270,14 @@ def _write(
         options.plot = None
     if options.plot:
         plots.learning_curves(history, options.plot)
+    y_test = parts.test[1]
     if options.confusion and data.classes is not None:
-        predicted, _ = encode_labels(network.predict(X_test), data.classes, name="predictions")
-        plots.confusion_matrix(y_test, predicted, list(data.classes), options.confusion)
+        labels, _ = encode_labels(predicted, data.classes, name="predictions")
+        plots.confusion_matrix(y_test, labels, list(data.classes), options.confusion)
     if options.boundary and data.classes is not None:
-        plots.decision_boundary(network, X_test, data.classes[y_test], options.boundary)
+        plots.decision_boundary(network, parts.raw_test, data.classes[y_test], options.boundary)
     elif options.boundary:
-        plots.regression_curve(network, X_test, y_test, options.boundary)
+        plots.regression_curve(network, parts.raw_test, y_test, options.boundary)
     kinds = {
         "model": options.output,
         "plot": options.plot,
@@ -213,12 +308,25 @@ def evaluate(options: argparse.Namespace) -> Result:
             f"{options.model} holds no loss to evaluate by; train it with a Trainer, or assign network.loss"
         )
     target = options.target or (",".join(network.target_names) if network.target_names else None)
-    is_csv = str(options.data).lower().endswith((".csv", ".csv.gz"))
     task = "classification" if network.loss.row.is_classifier else "regression"
-    data = load(options.data, target=target if is_csv else options.target, task=task)
+    if network.encoder is not None and not is_table_file(options.data):
+        raise ValueError(f"{options.model} was trained on a table; give a file that is one: .csv, .csv.gz or .parquet")
+    read = load if network.encoder is None else load_table
+    data = read(options.data, target=target if is_table_file(options.data) else options.target, task=task)
     X, y = data.X, data.y
     if data.X_test is not None and data.y_test is not None:
         X, y = data.X_test, data.y_test
+    X = _in_order(options, network, data, X) if network.encoder is None else _encoded(network, X, options.data)
+    if data.classes is not None:
+        known = np.arange(max(network.n_outputs, 2)) if network.classes is None else network.classes
+        y = encode_labels(data.classes[y], known, name=f"{options.data}: target")[0]
+    found = _measure(Trainer(network, network.loss), X, y)
+    result = {"model": str(options.model), "data": str(options.data), "rows": len(y), **found}
+    return result, f"{_figures(found)} on {len(y)} rows"
+
+
+def _in_order(options: argparse.Namespace, network: Network, data: Dataset, X: np.ndarray) -> np.ndarray:
+    """The columns that the network was trained on, in its order."""
     if network.feature_names is not None and data.feature_names is not None:
         missing = [name for name in network.feature_names if name not in data.feature_names]
         if missing:
@@ -228,24 +336,33 @@ def evaluate(options: argparse.Namespace) -> Result:
         X = X[:, [data.feature_names.index(name) for name in network.feature_names]]
     if X.shape[1] != network.n_features:
         raise ValueError(f"{options.model} takes {network.n_features} features, {options.data} has {X.shape[1]}")
-    if data.classes is not None:
-        known = np.arange(max(network.n_outputs, 2)) if network.classes is None else network.classes
-        y = encode_labels(data.classes[y], known, name=f"{options.data}: target")[0]
-    found = _measure(Trainer(network, network.loss), X, y)
-    rows = {"rows": len(X)}
-    return {
-        "model": str(options.model),
-        "data": str(options.data),
-        **rows,
-        **found,
-    }, f"{_figures(found)} on {len(X)} rows"
+    return X
+
+
+def _encoded(network: Network, table: Any, path: Any) -> np.ndarray:
+    """The table as numbers, which the network takes from here on."""
+    encoder, network.encoder = network.encoder, None
+    assert encoder is not None
+    with _naming(path):
+        return encoder.transform(table)
+
+
+@contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    """Errors about a table's cells say which file it came from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def predict(options: argparse.Namespace) -> Result:
     """Predictions of a saved model for rows without targets, as CSV."""
-
     network = _load_one(options)
-    X, _ = read_rows(options.rows, network.feature_names)
+    if network.encoder is None:
+        X, _ = read_rows(options.rows, network.feature_names)
+    else:
+        X = _encoded(network, read_columns(options.rows), options.rows)
     if options.proba:
         if network.loss is None or not network.loss.row.is_classifier:
             raise ValueError(f"--proba needs a model over classes; {options.model} predicts values")
@@ -267,10 +384,10 @@ def predict(options: argparse.Namespace) -> Result:
         return {}, text.getvalue().rstrip("\n")
     write_atomically(options.output, text.getvalue().encode())
     return {
-        "rows": len(X),
+        "rows": len(values),
         "columns": header,
         "output": str(options.output),
-    }, f"{len(X)} rows written to {options.output}"
+    }, f"{len(values)} rows written to {options.output}"
 
 
 def info(options: argparse.Namespace) -> Result:

@@ -214,9 +214,9 @@ def test_a_model_for_other_data_is_refused(capsys, tmp_path, flowers, houses):
     model = tmp_path / "m.safetensors"
     run(capsys, "train", flowers, "--target", "kind", *FAST, "--output", model)
     code, _, err = run(capsys, "predict", model, houses)
-    assert code == 2 and 'lacks the features "length", "width"' in err
+    assert code == 2 and f"{houses}: the table lacks the columns" in err
     code, _, err = run(capsys, "evaluate", model, "digits")
-    assert code == 2 and "takes 2 features, digits has 64" in err
+    assert code == 2 and "was trained on a table; give a file that is one" in err
     code, _, err = run(capsys, "evaluate", model, houses, "--target", "price")
     assert code == 2
     regression = tmp_path / "r.safetensors"

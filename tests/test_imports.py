@@ -21,6 +21,7 @@ __main__
 cli
 commands                what the command line's commands do
 estimators              scikit-learn's manners; needs it
+sklearn_training        its rules of training in the library's terms
 __init__                what `import gpumlp` offers
 perceptron plots
 trainer

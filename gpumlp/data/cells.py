@@ -176,6 +176,13 @@ def needs_encoding(table: Any) -> bool:
     return False
 
 
+def all_numbers(table: Any) -> np.ndarray:
+    """A table of numbers, (n, columns) float64, NaN for missing cells. Raises as ``numbers_of`` where a column is none."""
+    names, raw = open_table(table)
+    cells = all_cells(names, raw)
+    return np.column_stack([numbers_of(column, label_of(names, i)) for i, column in enumerate(cells)])
+
+
 def open_table(table: Any) -> tuple[list[str] | None, list[Any]]:
     """Names (None where there are none) and columns, as they are, of a table of any kind."""
     if isinstance(table, Table):

@@ -290,6 +290,12 @@ def graph(outputs: int) -> tuple[Any, Any]:
     return x, gm.Dense(outputs)(joined)
 
 
+def categories(outputs: int) -> tuple[Any, Any]:
+    """The last column, bytes, as 256 categories."""
+    x = gm.Input(FEATURES)
+    return x, gm.Dense(outputs)(gm.Dense(17, "relu")(gm.Embedding((256,), 5)(x)))
+
+
 def special_cases() -> Iterator[Case]:
     """What training can do besides."""
     hidden = (gm.Dense(17, "relu"), gm.Dense(9, "gelu_tanh"))
@@ -302,6 +308,12 @@ def special_cases() -> Iterator[Case]:
         "layer normalisation", (gm.Dense(17, "relu", norm="layer"), gm.Dense(9, "silu", norm="layer", dropout=0.2))
     )
     yield Case("a graph of layers", graph, "squared_error")
+    of_bytes = {"data_type": np.uint8, "network": {"standardize": True}}
+    yield Case("vectors of categories", categories, "squared_error", **of_bytes)
+    half = {"standardize": True, "precision": "bf16"}
+    yield Case("vectors of categories, bf16", categories, data_type=np.uint8, network=half, tolerance=5e-2)
+    averages = {"trainer": {"ema": 0.9}, "fit": lambda n: {"validation_split": 0.2}}
+    yield Case("averaged weights", (gm.Dense(17, "relu", norm="batch"),), **averages)
     yield Case("limited norms", (gm.Dense(17, "relu", max_norm=0.7),), optimizer=gm.Adam(1e-2))
     yield Case(
         "uint8, augmented", hidden, network={"standardize": "global"}, trainer={"augment": images}, data_type=np.uint8

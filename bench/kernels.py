@@ -31,7 +31,7 @@ from gpumlp.backends.base import Dropout
 from gpumlp.backends.device import ITEM_SIZES, DeviceArray
 from gpumlp.backends.gpu_backend import GpuBackend
 from gpumlp.backends.gpu_work import PARTIALS, DeviceBatch
-from gpumlp.backends.numpy_backend import norm_backward, norm_forward
+from gpumlp.backends.numpy_backend import NumpyBackend, norm_backward, norm_forward
 from gpumlp.losses import get_loss, weighted_mean
 from gpumlp.workspace import Workspace
 
@@ -427,6 +427,33 @@ def penalize(make: Maker, n: int) -> Job:
     return Job(lambda: make.backend.penalize(bound), {"w": w, "g": g}, {"g": g}, wanted)
 
 
+# --- categories ---------------------------------------------------------------------------------------------------
+
+
+def embed(make: Maker, n: int, backward: bool) -> Job:
+    """Rows of 64 numbers and 4 codes, of 1,000 categories each, as vectors of 8."""
+    numbers, sizes, units = 64, (1000,) * 4, 8
+    rows = n // (numbers + len(sizes) * units)
+    X = np.resize(make.normals, (rows, numbers + len(sizes)))
+    X[:, numbers:] = np.random.default_rng(1).integers(0, sizes, (rows, len(sizes)))
+    network = gm.Network([gm.Embedding(sizes, units), gm.Dense(1)], n_features=X.shape[1], device=make.backend)
+    operation: Any = Workspace(network, rows, training=True, per_model_rows=False).operations[0]
+    operation.x[...] = X[None]
+    make.fill(operation.d)
+
+    def wanted():
+        arrays = {name: getattr(operation, name).get() for name in ("x", "E", "out", "dE", "d")}
+        host = replace(operation, **arrays, work=None)
+        (NumpyBackend().embed_backward if backward else NumpyBackend().embed_forward)(host)
+        return [(operation.dE, host.dE)] if backward else [(operation.out, host.out)]
+
+    if not backward:
+        writes = {"out": operation.out}
+        return Job(lambda: make.backend.embed_forward(operation), {"x": operation.x}, writes, wanted)
+    reads = {"x": operation.x, "d": operation.d}
+    return Job(lambda: make.backend.embed_backward(operation), reads, {"dE": operation.dE}, wanted)
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +544,8 @@ ROWS = [
     *layer_rows("f32"),
     *layer_rows("bf16"),
     Row("add", "f32", "add_columns", add_columns),
+    Row("vectors of categories", "f32", "embed_forward", partial(embed, backward=False), False),
+    Row("vectors of categories, backward", "f32", "embed_backward embed_clear", partial(embed, backward=True), False),
     Row("batch norm", "f32", "batch_norm_forward", partial(norm, kind="batch", backward=False), False),
     Row("batch norm backward", "f32", "batch_norm_backward", partial(norm, kind="batch", backward=True), False),
     Row("layer norm", "f32", "layer_norm_forward", partial(norm, kind="layer", backward=False), False),

@@ -318,7 +318,7 @@ def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool =
     """
     if array.dtype.kind != "f":
         return
-    largest = min(float(np.finfo(dtype).max), float(np.finfo(array.dtype).max))
+    largest = largest_of(dtype, array.dtype)
     rows = max(1, BLOCK_BYTES // (array.shape[1] * array.itemsize))
     for start in range(0, len(array), rows):
         block = array[start : start + rows]
@@ -327,13 +327,20 @@ def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool =
         if good:
             continue
         row, column = (int(index) for index in np.argwhere(~(np.abs(block) <= largest))[0])
-        value, where = block[row, column], _where(name, start + row, column, flat)
-        if np.isfinite(value):
-            raise ValueError(
-                f"{where} is {value}, beyond the largest {np.dtype(dtype)} ({largest:.4g}); "
-                "scale it or train in float64"
-            )
-        raise ValueError(f"{where} is {value}; every value must be finite. Drop the row or fill in a number")
+        raise not_finite(block[row, column], _where(name, start + row, column, flat), dtype)
+
+
+def largest_of(dtype: DTypeLike, own: DTypeLike) -> float:
+    """The largest number of dtype ``own`` that stays finite in ``dtype``."""
+    return min(float(np.finfo(dtype).max), float(np.finfo(own).max))
+
+
+def not_finite(value: Any, where: str, dtype: DTypeLike) -> ValueError:
+    """The error for a value, say at "X[3, 17]", that is NaN, infinite, or becomes infinite in ``dtype``."""
+    if np.isfinite(value):
+        beyond = f"beyond the largest {np.dtype(dtype)} ({np.finfo(dtype).max:.4g})"
+        return ValueError(f"{where} is {value}, {beyond}; scale it or train in float64")
+    return ValueError(f"{where} is {value}; every value must be finite. Drop the row or fill in a number")
 
 
 def _require_range(array: np.ndarray, name: str, low: float, high: float, what: str, flat: bool) -> None:

@@ -12,7 +12,8 @@ where ours is of their mean. ``Task`` holds both factors; learning rate, epsilon
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
@@ -38,12 +39,13 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from .activations import Activation
 from .callbacks import Callback
+from .data.checks import not_finite, refuse_masked, require_finite
 from .layers import Dense
 from .losses import Loss, output_values
 from .network import Network
 from .optimizers import LBFGS, SGD, Adam, Optimizer
 from .schedules import Schedule
-from .trainer import DivergedError, Trainer
+from .trainer import DivergedError, Trainer, one_at_a_time
 
 OWN_NAMES = {"logistic": "sigmoid"}  # scikit-learn's name of an activation → the table's
 SKLEARN_ACTIVATIONS = {"identity", "logistic", "tanh", "relu"}  # whose initial weights are drawn as scikit-learn does
@@ -252,7 +254,8 @@ class _MLP(BaseEstimator):
         if sample_weight_val is not None and X_val is None:
             raise ValueError("sample_weight_val weighs the rows of X_val: give X_val and y_val too")
         held_out = None if X_val is None else (X_val, y_val, sample_weight_val)
-        return self._fit(X, y, sample_weight, held_out, incremental=False)
+        with one_at_a_time(self, type(self).__name__):
+            return self._fit(X, y, sample_weight, held_out, incremental=False)
 
     def _is_stochastic(self) -> bool:
         if self.solver not in ("sgd", "adam"):
@@ -270,7 +273,7 @@ class _MLP(BaseEstimator):
             why = "partial_fit has no end to plan for" if incremental else f"learning_rate={self.learning_rate!r}"
             raise ValueError(f"schedule={self.schedule!r} cannot be joined with this: {why}; leave out one of them")
         X, y = self._check_data(X, y, incremental, reset=first)
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
+        weight = _checked_weight(sample_weight, X)
         rows = Rows(_dense(X), self._encode(y), weight)
         task = self._task(rows.y)
         random_state = check_random_state(self.random_state)
@@ -342,8 +345,7 @@ class _MLP(BaseEstimator):
         """Training rows, and validation rows with their y as the user wrote it; None where there are none."""
         if given is not None:
             X, y = self._check_data(given[0], given[1], incremental=True, reset=False)
-            weight = None if given[2] is None else _check_sample_weight(given[2], X)
-            return rows, (Rows(_dense(X), self._encode(y), weight), y)
+            return rows, (Rows(_dense(X), self._encode(y), _checked_weight(given[2], X)), y)
         if not self.early_stopping or self.solver == "lbfgs":
             return rows, None
         stratify = rows.y if self._stratifies(task) else None
@@ -523,7 +525,8 @@ class _MLP(BaseEstimator):
 
     def _logits(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", reset=False)
+        with _saying_where(X=X):
+            X = validate_data(self, X, accept_sparse="csr", reset=False)
         if not hasattr(X, "toarray"):
             return self.network_.logits(X)
         starts = range(0, X.shape[0], SPARSE_ROWS)
@@ -608,9 +611,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
         """Train for one epoch on these rows; the first call needs all ``classes``. Errors as in ``fit``."""
         if self.class_weight == "balanced":
             raise ValueError("class_weight='balanced' counts all rows, which partial_fit does not see; give a dict")
-        if _check_partial_fit_first_call(self, classes):
-            self._learn_labels(y if type_of_target(y).startswith("multilabel") else classes)
-        return self._fit(X, y, sample_weight, None, incremental=True)
+        with one_at_a_time(self, type(self).__name__):
+            if _check_partial_fit_first_call(self, classes):
+                self._learn_labels(y if type_of_target(y).startswith("multilabel") else classes)
+            return self._fit(X, y, sample_weight, None, incremental=True)
 
     def _learn_labels(self, y: Any) -> None:
         self._label_binarizer = LabelBinarizer().fit(y)
@@ -621,9 +625,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
         return self._label_binarizer.y_type_.startswith("multilabel")
 
     def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
-        X, y = validate_data(
-            self, X, y, accept_sparse="csr", multi_output=True, dtype=(np.float64, np.float32), reset=reset
-        )
+        with _saying_where(X=X, y=y):
+            X, y = validate_data(
+                self, X, y, accept_sparse="csr", multi_output=True, dtype=(np.float64, np.float32), reset=reset
+            )
         y = _dense(y)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -741,13 +746,15 @@ class MLPRegressor(RegressorMixin, _MLP):
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
         """Train for one epoch on these rows. Errors as in ``fit``."""
-        return self._fit(X, y, sample_weight, None, incremental=True)
+        with one_at_a_time(self, type(self).__name__):
+            return self._fit(X, y, sample_weight, None, incremental=True)
 
     def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
-        X, y = validate_data(
-            self, X, y, accept_sparse="csr", multi_output=True, y_numeric=True, dtype=(np.float64, np.float32),
-            reset=reset,
-        )  # fmt: skip
+        with _saying_where(X=X, y=y):
+            X, y = validate_data(
+                self, X, y, accept_sparse="csr", multi_output=True, y_numeric=True, dtype=(np.float64, np.float32),
+                reset=reset,
+            )  # fmt: skip
         y = _dense(y)
         return X, column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
 
@@ -806,6 +813,48 @@ def _keep(values: dict[str, Any]) -> None:
     self: Any = values.pop("self")
     values.pop("__class__", None)
     vars(self).update(values)
+
+
+@contextmanager
+def _saying_where(**given: Any) -> Iterator[None]:
+    """Within, scikit-learn's complaints about NaN and infinity also name the place; masked values are refused."""
+    for name, values in given.items():
+        refuse_masked(values, name)
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" in str(error) or "infinity" in str(error):
+            for name, values in given.items():
+                if place := _not_finite_at(values, name):
+                    raise ValueError(f"{error}\n{place}") from None
+        raise
+
+
+def _not_finite_at(values: Any, name: str) -> str:
+    """What stands where in numbers that are not all finite; "" where they are, or are no numbers."""
+    if hasattr(values, "tocoo"):
+        entries = values.tocoo()
+        for i in np.flatnonzero(~np.isfinite(entries.data))[:1]:
+            return str(not_finite(entries.data[i], f"{name}[{entries.row[i]}, {entries.col[i]}]", np.float64))
+        return ""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "O" and hasattr(values, "to_numpy"):  # pandas, with missing values of its own
+            array = values.to_numpy(np.float64, na_value=np.nan)
+        array = array if array.dtype.kind == "f" else array.astype(np.float64)
+        require_finite(array.reshape(len(array), -1), name, np.float64, flat=array.ndim == 1)
+    except TypeError:
+        return ""
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _checked_weight(weight: Any, X: Any) -> np.ndarray | None:
+    if weight is None:
+        return None
+    with _saying_where(sample_weight=weight):
+        return _check_sample_weight(weight, X)
 
 
 def _dense(X: Any) -> np.ndarray:

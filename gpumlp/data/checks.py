@@ -54,7 +54,7 @@ def check_X(X: Any, n_features: int | None = None, name: str = "X", dtype: DType
     if n_features is not None and array.shape[1] != n_features:
         raise ValueError(f"the network takes {n_features} features, {name} has {array.shape[1]}")
     array = _native(array)
-    _require_finite(array, name, dtype)
+    require_finite(array, name, dtype)
     return array
 
 
@@ -118,7 +118,7 @@ def check_targets(
             f"{name} has shape {shape}; expected ({n_samples}, {n_outputs}){also}: "
             f"one column for each of the network's outputs"
         )
-    _require_finite(array, name, dtype, flat)
+    require_finite(array, name, dtype, flat)
     array = np.ascontiguousarray(array, dtype=dtype)
     if kind == "values":
         return array
@@ -229,7 +229,7 @@ def check_sample_weight(w: Any, n: int, dtype: DTypeLike = np.float32) -> np.nda
     _require_numeric(array, "sample_weight")
     if array.shape != (n,):
         raise ValueError(f"sample_weight has shape {array.shape}; expected one weight per sample, shape ({n},)")
-    _require_finite(array.reshape(-1, 1), "sample_weight", dtype, flat=True)
+    require_finite(array.reshape(-1, 1), "sample_weight", dtype, flat=True)
     _require_range(array.reshape(-1, 1), "sample_weight", 0.0, math.inf, "weights", flat=True)
     weights = np.ascontiguousarray(array, dtype=dtype)
     if not weights.any():
@@ -269,8 +269,7 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     """np.asarray with reasons; at least one dimension."""
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
         raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); use {name}.toarray()")
-    if np.ma.is_masked(value):
-        raise ValueError(f"{name} is a masked array with masked values; fill them with {name}.filled(value)")
+    refuse_masked(value, name)
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -278,6 +277,12 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     if array.ndim == 0:
         raise TypeError(f"{name} is a single {type(value).__name__}; expected an array or nested lists of numbers")
     return array
+
+
+def refuse_masked(value: Any, name: str) -> None:
+    """Raise ValueError for masked values, which np.asarray would unmask."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(f"{name} is a masked array with masked values; fill them with {name}.filled(value)")
 
 
 def _ragged_row(rows: Any) -> str:
@@ -311,8 +316,8 @@ def _native(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array, dtype=dtype)
 
 
-def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool = False) -> None:
-    """Raise unless every value of a matrix is finite and stays so in `dtype`.
+def require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool = False) -> None:
+    """Raise ValueError unless every value of a matrix is finite and stays so in `dtype`; `flat` names the rows alone.
 
     The extremes of a block tell all, since they are NaN where a value is; a mask would cost memory and time.
     """

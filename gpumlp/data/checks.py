@@ -198,7 +198,9 @@ def _class_values(y: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} has no rows; at least one is needed")
     array = array.reshape(-1)
     if array.dtype.kind in "OT":
-        kinds = str if isinstance(array[0], str) else (bool, int, float, np.bool_, np.integer, np.floating)
+        numbers = (bool, int, float, np.bool_, np.integer, np.floating)
+        there = (value for value in array if isinstance(value, (str, *numbers)) and value == value)  # none missing
+        kinds = str if isinstance(next(there, None), str) else numbers
         for row, value in enumerate(array):
             if not isinstance(value, kinds):
                 raise ValueError(

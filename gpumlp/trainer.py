@@ -325,9 +325,9 @@ class Trainer:
         if not broken.any():
             return
         made = self.epochs_done * self.steps_per_epoch + self.position
-        what = f"are NaN or infinite after the last step, step {made} of the fit,"
+        what = f"are NaN or infinite after the last step, step {made} of the fit"
         if (step.lost | broken).all():
-            raise DivergedError(f"the weights {what} with learning rate {_of(rate, broken)}; {ADVICE}")
+            raise DivergedError(f"the weights {what}, with learning rate {_of(rate, broken)}; {ADVICE}")
         names = ", ".join(str(i) for i in np.flatnonzero(broken))
         warnings.warn(f"the weights of model {names} {what}; {ADVICE}", stacklevel=3)
 

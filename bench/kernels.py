@@ -244,9 +244,8 @@ def find_nonfinite(make: Maker, n: int) -> Job:
     x, first = make.put((1, n)), make.backend.asarray(np.full(1, 2**64 - 1, np.uint64))
     x[:, n - 1 :] = np.nan  # the last one, so that all are read
     grid, last = (make.backend._blocks(n, 4),), np.full(1, n - 1, np.uint64)
-    return Job(
-        lambda: make.backend._launch("find_nonfinite_f32", grid, x, n, first), {"x": x}, {}, lambda: [(first, last)]
-    )
+    arguments = grid, x, n, np.finfo(np.float32).max, first
+    return Job(lambda: make.backend._launch("find_nonfinite_f32", *arguments), {"x": x}, {}, lambda: [(first, last)])
 
 
 # --- layers -------------------------------------------------------------------------------------------------------

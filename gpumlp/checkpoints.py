@@ -125,7 +125,8 @@ class Checkpoint(Callback):
         number = _steps_made(trainer)
         if step.has_diverged:
             return  # the fit deals with it next
-        if not np.isfinite(tensors["weights.flat"][~step.lost]).all():
+        weights = [values for name, values in tensors.items() if name.startswith("weights.")]  # with running statistics
+        if not all(np.isfinite(values[~step.lost]).all() for values in weights):
             warnings.warn(f"no checkpoint at step {number}: weights are NaN or infinite", stacklevel=4)
             return
         try:

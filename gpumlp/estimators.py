@@ -11,7 +11,8 @@ A table with categories or missing cells, which scikit-learn refuses, goes throu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -41,6 +42,7 @@ from sklearn.utils.validation import (  # type: ignore
 
 from .activations import Activation
 from .data.cells import is_table, needs_encoding
+from .data.checks import not_finite, refuse_masked, require_finite
 from .data.encoding import IMPUTATIONS, SCALINGS, TableEncoder
 from .layers import Dense, Embedding
 from .losses import Loss, output_values
@@ -56,7 +58,7 @@ from .sklearn_training import (
     probabilities_if_one_class,
     sklearn_weights,
 )
-from .trainer import DivergedError, Trainer
+from .trainer import DivergedError, Trainer, one_at_a_time
 
 OWN_NAMES = {"logistic": "sigmoid"}  # scikit-learn's name of an activation → the table's
 OUT_ACTIVATIONS = {"identity": "identity", "exp": "exp", "sigmoid": "logistic", "softmax": "softmax"}
@@ -142,7 +144,8 @@ class _MLP(BaseEstimator):
         if sample_weight_val is not None and X_val is None:
             raise ValueError("sample_weight_val weighs the rows of X_val: give X_val and y_val too")
         held_out = None if X_val is None else (X_val, y_val, sample_weight_val)
-        return self._fit(X, y, sample_weight, held_out, incremental=False)
+        with one_at_a_time(self, type(self).__name__):
+            return self._fit(X, y, sample_weight, held_out, incremental=False)
 
     def _is_stochastic(self) -> bool:
         if self.solver not in ("sgd", "adam"):
@@ -172,7 +175,7 @@ class _MLP(BaseEstimator):
             split = self._split(targets, held_out, task, random_state)
             self._learn_columns(X, split[0])
         X = self._numbers(X)
-        rows = Rows(X, targets, None if sample_weight is None else _check_sample_weight(sample_weight, X))
+        rows = Rows(X, targets, _checked_weight(sample_weight, X))
         if first:
             self._begin(task)
             drawn = sklearn_weights(random_state, [self._width(X), *sizes, task.outputs], self._activations(sizes))
@@ -231,9 +234,11 @@ class _MLP(BaseEstimator):
         """X as scikit-learn checks it, or the table as it is, and y."""
         if self.encoder_ is None:
             kinds = {"accept_sparse": "csr", "multi_output": True, "dtype": (np.float64, np.float32)}
-            X, y = validate_data(self, X, y, y_numeric=self._y_is_numeric, reset=reset, **kinds)
+            with _saying_where(X=X, y=y):
+                X, y = validate_data(self, X, y, y_numeric=self._y_is_numeric, reset=reset, **kinds)
         else:
-            y = _check_y(y, multi_output=True, y_numeric=self._y_is_numeric, estimator=self)
+            with _saying_where(y=y):
+                y = _check_y(y, multi_output=True, y_numeric=self._y_is_numeric, estimator=self)
             check_consistent_length(X[next(iter(X))] if isinstance(X, Mapping) and len(X) else X, y)
         y = _dense(y)
         if y.ndim == 2 and y.shape[1] == 1:
@@ -316,8 +321,7 @@ class _MLP(BaseEstimator):
             return None
         X, y = self._check_data(held_out[0], held_out[1], incremental=True, reset=False)
         X = self._numbers(X)
-        weight = None if held_out[2] is None else _check_sample_weight(held_out[2], X)
-        return Rows(X, self._encode(y), weight), y
+        return Rows(X, self._encode(y), _checked_weight(held_out[2], X)), y
 
     def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any] | None, incremental: bool) -> None:
         n, network = len(train), self.network_
@@ -497,7 +501,8 @@ class _MLP(BaseEstimator):
         check_is_fitted(self)
         if self.encoder_ is not None:
             return self.network_.logits(X)
-        X = validate_data(self, X, accept_sparse="csr", reset=False)
+        with _saying_where(X=X):
+            X = validate_data(self, X, accept_sparse="csr", reset=False)
         if not hasattr(X, "toarray"):
             return self.network_.logits(X)
         starts = range(0, X.shape[0], SPARSE_ROWS)
@@ -595,9 +600,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
         """Train for one epoch on these rows; the first call needs all ``classes``. Errors as in ``fit``."""
         if self.class_weight == "balanced":
             raise ValueError("class_weight='balanced' counts all rows, which partial_fit does not see; give a dict")
-        if _check_partial_fit_first_call(self, classes):
-            self._learn_labels(y if type_of_target(y).startswith("multilabel") else classes)
-        return self._fit(X, y, sample_weight, None, incremental=True)
+        with one_at_a_time(self, type(self).__name__):
+            if _check_partial_fit_first_call(self, classes):
+                self._learn_labels(y if type_of_target(y).startswith("multilabel") else classes)
+            return self._fit(X, y, sample_weight, None, incremental=True)
 
     def _learn_labels(self, y: Any) -> None:
         self._label_binarizer = LabelBinarizer().fit(y)
@@ -725,7 +731,8 @@ class MLPRegressor(RegressorMixin, _MLP):
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
         """Train for one epoch on these rows. Errors as in ``fit``."""
-        return self._fit(X, y, sample_weight, None, incremental=True)
+        with one_at_a_time(self, type(self).__name__):
+            return self._fit(X, y, sample_weight, None, incremental=True)
 
     _y_is_numeric = True
 
@@ -789,6 +796,48 @@ def _keep(values: dict[str, Any]) -> None:
     self: Any = values.pop("self")
     values.pop("__class__", None)
     vars(self).update(values)
+
+
+@contextmanager
+def _saying_where(**given: Any) -> Iterator[None]:
+    """Within, scikit-learn's complaints about NaN and infinity also name the place; masked values are refused."""
+    for name, values in given.items():
+        refuse_masked(values, name)
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" in str(error) or "infinity" in str(error):
+            for name, values in given.items():
+                if place := _not_finite_at(values, name):
+                    raise ValueError(f"{error}\n{place}") from None
+        raise
+
+
+def _not_finite_at(values: Any, name: str) -> str:
+    """What stands where in numbers that are not all finite; "" where they are, or are no numbers."""
+    if hasattr(values, "tocoo"):
+        entries = values.tocoo()
+        for i in np.flatnonzero(~np.isfinite(entries.data))[:1]:
+            return str(not_finite(entries.data[i], f"{name}[{entries.row[i]}, {entries.col[i]}]", np.float64))
+        return ""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "O" and hasattr(values, "to_numpy"):  # pandas, with missing values of its own
+            array = values.to_numpy(np.float64, na_value=np.nan)
+        array = array if array.dtype.kind == "f" else array.astype(np.float64)
+        require_finite(array.reshape(len(array), -1), name, np.float64, flat=array.ndim == 1)
+    except TypeError:
+        return ""
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _checked_weight(weight: Any, X: Any) -> np.ndarray | None:
+    if weight is None:
+        return None
+    with _saying_where(sample_weight=weight):
+        return _check_sample_weight(weight, X)
 
 
 def _dense(X: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import random
 from .backends import get_backend
-from .data.checks import check_codes, check_X
+from .data.checks import check_codes, check_X, not_finite
 from .data.encoding import TableEncoder
 from .data.scaling import standardization
 from .initializers import get_initializer
@@ -276,10 +276,10 @@ class Network:
             )
         if not there.is_contiguous:
             raise ValueError(f"{name} on the GPU must be C-contiguous: pass cupy.ascontiguousarray({name})")
-        at = self.backend.first_nonfinite(there)  # type: ignore[attr-defined]
+        at = self.backend.first_nonfinite(there, self.dtype)  # type: ignore[attr-defined]
         if at is not None:
             row, column = divmod(at, self.n_features)
-            raise ValueError(f"{name} holds NaN or infinity at row {row}, column {column}: remove or fill such values")
+            raise not_finite(there[row, column : column + 1].get()[0], f"{name}[{row}, {column}]", self.dtype)
         return there
 
     def _like(self, values: np.ndarray, X: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -29,10 +30,11 @@ from .train_step import TrainStep
 from .training_state import check_data, load_state, save_state
 
 History = dict[str, list]
+ADVICE = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
 
 
 class DivergedError(ArithmeticError):
-    """The loss turned NaN or infinite; the message names the step, the learning rate and what to try."""
+    """Loss or weights turned NaN or infinite; the message names the step, the learning rate and what to try."""
 
 
 class Trainer:
@@ -160,8 +162,9 @@ class Trainer:
         Raises:
             ValueError, TypeError: data or arguments that do not fit; the message says what and what to do.
             FileError: ``resume`` holds checkpoints, and none of them can be read.
-            DivergedError: the loss of the network, or of all models of a fleet, is no longer finite. A fleet's model that
-                diverges alone is left as it was, with a warning.
+            DivergedError: the loss of the network, or of all models of a fleet, is no longer finite, or at the end the
+                weights. A fleet's model that diverges alone is left as it was, with a warning.
+            RuntimeError: another fit of the same network is under way, in another thread or around this one.
         """
         check_integer(epochs, "epochs", 1)
         check_integer(batch_size, "batch_size", 1)
@@ -170,70 +173,78 @@ class Trainer:
         if memory_limit is not None:
             check_integer(memory_limit, "memory_limit", 0)
         check_callbacks(callbacks)
-        if resume is not None:
-            resume_newest(self, resume)
-        fresh = not self.network.steps.any() and self._pending is None  # nothing learned yet: classes and scales are
-        data, validation = prepare(
-            self.network, self.loss, X, y, sample_weight, rows, validation_data, validation_split, learn=fresh
-        )
-        step = self._begin(data, epochs, batch_size, shuffle, callbacks, memory_limit)
-        evaluation = None if validation is None else self._evaluation(*validation, memory_limit)
-        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        observers = [*callbacks] if own_bar else [ProgressBar(progress), *callbacks]
-        started = time.monotonic() - self._seconds
-        deadline = np.inf if time_limit is None else time.monotonic() + time_limit
-        with _interruptible() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            begun = []
-            try:
-                for observer in observers:
-                    begun.append(observer)
-                    for begin in hooks([observer], "on_fit_begin"):
-                        begin(self)
-                on_step, on_epoch = hooks(observers, "on_step_end"), hooks(observers, "on_epoch_end")
-                alone = any(getattr(o, "every_step", True) for o in observers if hooks([o], "on_step_end"))
-                self.stopped = "epochs" if step.active.any() else "early"
-                while self.epochs_done < epochs and self.stopped == "epochs":
-                    rates = self._learning_rates()
-                    while self.position < step.steps_per_epoch and self.stopped == "epochs":
-                        self.position += step.run(self.position, rates, alone)
-                        if self.position == step.steps_per_epoch:
-                            step.catch_up()  # the epoch's one wait for a device
-                        if step.has_diverged:
-                            self._diverged(step, rates)
-                        for observe in on_step:
-                            observe(self, step.last_loss() if alone else None)
-                        if interrupted():
-                            self.stopped = "interrupted"
-                        elif time.monotonic() > deadline:
-                            self.stopped = "time limit"
-                    if self.position < step.steps_per_epoch:
-                        break
-                    self._seconds = time.monotonic() - started
-                    self._show_average()
-                    record = self._record(rates[-1], evaluation)
-                    self._next_epoch()
-                    for observe in on_epoch:
-                        done = observe(self, record)
-                        if done is not None:
-                            step.retire(np.asarray(done, bool))
-                    self._hide_average()
-                    if not step.active.any():
-                        self.stopped = "early"
-            finally:
+        with one_at_a_time(self.network, "network"):
+            if resume is not None:
+                resume_newest(self, resume)
+            # Where nothing is learned yet, classes and scales are.
+            fresh = not self.network.steps.any() and self._pending is None
+            data, validation = prepare(
+                self.network, self.loss, X, y, sample_weight, rows, validation_data, validation_split, learn=fresh
+            )
+            step = self._begin(data, epochs, batch_size, shuffle, callbacks, memory_limit)
+            evaluation = None if validation is None else self._evaluation(*validation, memory_limit)
+            own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            observers = [*callbacks] if own_bar else [ProgressBar(progress), *callbacks]
+            started = time.monotonic() - self._seconds
+            deadline = np.inf if time_limit is None else time.monotonic() + time_limit
+            rates: list = []
+            with _interruptible() as interrupted, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                begun = []
                 try:
-                    step.catch_up()
-                    self._show_average()
+                    for observer in observers:
+                        begun.append(observer)
+                        for begin in hooks([observer], "on_fit_begin"):
+                            begin(self)
+                    on_step, on_epoch = hooks(observers, "on_step_end"), hooks(observers, "on_epoch_end")
+                    alone = any(getattr(o, "every_step", True) for o in observers if hooks([o], "on_step_end"))
+                    self.stopped = "epochs" if step.active.any() else "early"
+                    while self.epochs_done < epochs and self.stopped == "epochs":
+                        rates = self._learning_rates()
+                        while self.position < step.steps_per_epoch and self.stopped == "epochs":
+                            self.position += step.run(self.position, rates, alone)
+                            if self.position == step.steps_per_epoch:
+                                step.catch_up()  # the epoch's one wait for a device
+                            if step.has_diverged:
+                                self._diverged(step, rates)
+                            for observe in on_step:
+                                observe(self, step.last_loss() if alone else None)
+                            if interrupted():
+                                self.stopped = "interrupted"
+                            elif time.monotonic() > deadline:
+                                self.stopped = "time limit"
+                        if self.position < step.steps_per_epoch:
+                            step.catch_up()
+                            if step.has_diverged:
+                                self._diverged(step, rates)
+                            break
+                        self._seconds = time.monotonic() - started
+                        self._show_average()
+                        record = self._record(rates[-1], evaluation)
+                        self._next_epoch()
+                        for observe in on_epoch:
+                            done = observe(self, record)
+                            if done is not None:
+                                step.retire(np.asarray(done, bool))
+                        self._hide_average()
+                        if not step.active.any():
+                            self.stopped = "early"
                 finally:
-                    if interrupted():
-                        self.stopped = "interrupted"  # also between steps
-                    self._seconds = time.monotonic() - started
-                    step.release()
-                    if evaluation is not None:
-                        evaluation.release()
-                    end_all(begun, self)
-        if self.stopped == "interrupted":
-            where = f"in epoch {self.epochs_done + 1}" if self.position else f"after epoch {self.epochs_done}"
-            warnings.warn(f"fit was interrupted {where} of {epochs}; the network is usable as it is", stacklevel=2)
+                    try:
+                        step.catch_up()
+                        self._show_average()
+                    finally:
+                        if interrupted():
+                            self.stopped = "interrupted"  # also between steps
+                        self._seconds = time.monotonic() - started
+                        step.release()
+                        if evaluation is not None:
+                            evaluation.release()
+                        end_all(begun, self)
+            if rates:
+                self._check_weights(step, rates[self.position - 1])
+            if self.stopped == "interrupted":
+                where = f"in epoch {self.epochs_done + 1}" if self.position else f"after epoch {self.epochs_done}"
+                warnings.warn(f"fit was interrupted {where} of {epochs}; the network is usable as it is", stacklevel=2)
         return self.history
 
     # --- the loop's parts
@@ -320,14 +331,24 @@ class Trainer:
     def _lose(self, step: TrainStep, models: np.ndarray, position: int, rate: Any) -> None:
         step.lost |= models
         where = f"at step {position + 1} of epoch {self.epochs_done + 1}"
-        advice = "try a smaller learning rate, clip_norm=1.0 in the optimizer, or standardize=True in the network"
         if step.lost.all():
-            shown = rate if np.ndim(rate) == 0 else np.asarray(rate)[models].tolist()
             loss = step.log[0, models, position][0]
-            raise DivergedError(f"the loss is {loss} {where} with learning rate {shown}; {advice}")
+            raise DivergedError(f"the loss is {loss} {where} with learning rate {_of(rate, models)}; {ADVICE}")
         names = ", ".join(str(i) for i in np.flatnonzero(models))
-        warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {advice}", stacklevel=4)
+        warnings.warn(f"the loss of model {names} is not finite {where}: it is left as it is; {ADVICE}", stacklevel=4)
         step.retire(models)
+
+    def _check_weights(self, step: TrainStep, rate: Any) -> None:
+        """What the last step has made of the weights, no loss has told."""
+        broken = ~np.isfinite(self.network.backend.dot(self.network.flat, None)) & ~step.lost
+        if not broken.any():
+            return
+        made = self.epochs_done * self.steps_per_epoch + self.position
+        what = f"are NaN or infinite after the last step, step {made} of the fit"
+        if (step.lost | broken).all():
+            raise DivergedError(f"the weights {what}, with learning rate {_of(rate, broken)}; {ADVICE}")
+        names = ", ".join(str(i) for i in np.flatnonzero(broken))
+        warnings.warn(f"the weights of model {names} {what}; {ADVICE}", stacklevel=3)
 
     def _record(self, rate: Any, evaluation: Evaluation | None) -> dict[str, Any]:
         """What the epoch gave, appended to ``history`` and returned."""
@@ -435,6 +456,35 @@ class Trainer:
                     f"metric {metric.name!r} does not fit {loss.name!r} over {over} with {outputs} outputs"
                 )
         return metrics
+
+
+def _of(rate: Any, models: np.ndarray) -> Any:
+    """The learning rate of the models in the mask, to be shown."""
+    return rate if np.ndim(rate) == 0 else np.asarray(rate)[models].tolist()
+
+
+_fitting: dict[int, object] = {}  # by the id of what is being fitted: no part of it, so that it copies and pickles
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fitting.clear)  # the parent's fits do not go on in a fork
+
+
+@contextmanager
+def one_at_a_time(thing: Any, name: str) -> Iterator[None]:
+    """Within, a second fit of the same thing is refused: two would write to the same weights.
+
+    Raises:
+        RuntimeError: one is under way.
+    """
+    own = object()
+    if _fitting.setdefault(id(thing), own) is not own:
+        raise RuntimeError(
+            f"this {name} is being fitted already, in another thread or by a fit around this one: wait until that fit has "
+            "ended, or fit a copy"
+        )
+    try:
+        yield
+    finally:
+        _fitting.pop(id(thing), None)
 
 
 @contextmanager

@@ -230,8 +230,8 @@ template <typename T> GM_KERNEL void standardize(
 }
 GM_INSTANCES(standardize, (f32), (f64), (bf16))
 
-// first <- the smallest index of a NaN or an infinity; the caller sets it to 2^64 - 1 before.
-template <typename T> GM_KERNEL void find_nonfinite(const T* x, i64 n, u64* first) {
+// first <- the smallest index of a NaN, an infinity or a number beyond the largest; the caller sets it to 2^64 - 1 before.
+template <typename T> GM_KERNEL void find_nonfinite(const T* x, i64 n, Compute<T> largest, u64* first) {
     constexpr int N = piece_size<T, T>();
     bool quads = gm_aligned(x);
     for (i64 e = thread_of_grid() * N; e < n; e += threads_of_grid() * N) {
@@ -240,7 +240,7 @@ template <typename T> GM_KERNEL void find_nonfinite(const T* x, i64 n, u64* firs
         int found = N;
 #pragma unroll
         for (int i = N - 1; i >= 0; --i)
-            if (!gm_finite(v[i])) found = i;
+            if (!(gm_fabs(v[i]) <= largest)) found = i;  // NaN is no number that is smaller
         if (found < N) {
             atomicMin(first, u64(e + found));
             return;  // what follows is larger

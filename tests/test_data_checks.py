@@ -364,6 +364,8 @@ def test_unknown_class(y, classes, message):
     [
         (np.array(["a", None], dtype=object), r"y\[1\] is None; classes must be all text"),
         (np.array(["a", np.nan], dtype=object), r"y\[1\] is nan; classes must be all text"),
+        (np.array([np.nan, "a"], dtype=object), r"y\[0\] is nan; classes must be all text"),
+        (np.array([None, None], dtype=object), r"y\[0\] is None; classes must be all text"),
         (np.array([1, "a"], dtype=object), r"y\[1\] is 'a'; classes must be all text"),
         (np.array([1.0, np.nan]), r"y\[1\] is nan; drop rows whose class is missing"),
         (np.zeros((2, 2)), r"y has shape \(2, 2\); expected one class per row, shape \(2,\)"),

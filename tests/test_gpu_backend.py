@@ -554,7 +554,7 @@ def test_data_on_the_device_that_do_not_fit(plain):
         r"X has shape \(20, 5\); expected \(n_samples, 6\), n_samples at least 1": X[:, :5],
         r"X has shape \(20,\); expected \(n_samples, 6\)": X[:, 0],
         r"X has shape \(0, 6\); expected \(n_samples, 6\)": X[:0],
-        r"X holds NaN or infinity at row 7, column 2: remove or fill such values": bad,
+        r"X\[7, 2\] is nan; every value must be finite": bad,
     }
     for message, values in cases.items():
         for call in (network.predict, lambda X: gm.Trainer(network, SOFTMAX).fit(X, y)):
@@ -564,7 +564,7 @@ def test_data_on_the_device_that_do_not_fit(plain):
     with pytest.raises(ValueError, match=r"X on the GPU must be C-contiguous: pass cupy.ascontiguousarray\(X\)"):
         network.predict(wide)
     trainer = gm.Trainer(network, SOFTMAX)
-    with pytest.raises(ValueError, match="validation X holds NaN or infinity at row 7, column 2"):
+    with pytest.raises(ValueError, match=r"validation X\[7, 2\] is nan"):
         trainer.fit(X, y, validation_data=(foreign(plain, bad), y))
     with pytest.raises(
         ValueError, match="validation_split picks rows on the host; for X on the GPU give validation_data"
@@ -813,10 +813,13 @@ def test_predictions_of_many_outputs_are_evaluated(outputs, plain):
 
 def test_the_first_number_that_is_none(plain):
     X = np.zeros((70, 50), np.float32)
-    assert plain.first_nonfinite(plain.asarray(X)) is None
+    assert plain.first_nonfinite(plain.asarray(X), np.float32) is None
     X[60, 3], X[69, 49] = np.inf, np.nan
-    assert plain.first_nonfinite(plain.asarray(X)) == 60 * 50 + 3
-    assert plain.first_nonfinite(plain.asarray(np.zeros((3, 2), np.uint8))) is None
+    assert plain.first_nonfinite(plain.asarray(X), np.float32) == 60 * 50 + 3
+    assert plain.first_nonfinite(plain.asarray(np.zeros((3, 2), np.uint8)), np.float32) is None
+    X = np.full((2, 2), 1e39)
+    assert plain.first_nonfinite(plain.asarray(X), np.float64) is None
+    assert plain.first_nonfinite(plain.asarray(X), np.float32) == 0
 
 
 def test_a_workspace_prepares_each_layer_once(plain):

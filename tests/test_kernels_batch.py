@@ -304,10 +304,14 @@ def test_cast_gives_the_same_bits_by_any_launch():
     same_bits(lambda *how: cast(values, "f64", "bf16", 0, 0, None, *how))
 
 
-def first_nonfinite(x, type, offset=0, grid=(2,), block=(64,), schedule=0):
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def first_nonfinite(x, type, offset=0, grid=(2,), block=(64,), schedule=0, largest=LARGEST):
     runtime = EmulatedRuntime(schedule=schedule)
     first = on_device(runtime, np.full(1, 2**64 - 1, np.uint64))
-    launch(runtime, f"find_nonfinite_{type}", grid, block, placed(runtime, x[None], type, 0, offset), x.size, first)
+    there = placed(runtime, x[None], type, 0, offset)
+    launch(runtime, f"find_nonfinite_{type}", grid, block, there, x.size, largest, first)
     return [first.get()]
 
 
@@ -319,6 +323,14 @@ def test_find_nonfinite_gives_the_first_one(type, offset):
         x[places] = np.resize(np.array([np.nan, np.inf, -np.inf], x.dtype), len(places))
         [[first]] = first_nonfinite(x, type, offset)
         assert first == min(places, default=2**64 - 1), (n, places)
+
+
+@pytest.mark.parametrize("type", ["f32", "f64"])
+def test_find_nonfinite_finds_what_is_too_large(type):
+    x, largest = numbers(1000, type), 1e30
+    x[[3, 4, 700, 701]] = largest, -largest, -2e30, 2e30
+    assert first_nonfinite(x, type, largest=float(x[3])) == [[700]]
+    assert first_nonfinite(x[:700], type, largest=float(x[3])) == [[2**64 - 1]]
 
 
 def test_find_nonfinite_gives_the_same_answer_by_any_launch():

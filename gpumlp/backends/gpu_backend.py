@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import random
+from ..data.checks import largest_of
 from ..losses import LOSSES
 from .base import Dense, Draw, Dropout, Embed, Join, Norm
 from .device import TYPE_NAMES, DeviceArray, Runtime, bind
@@ -558,12 +559,13 @@ class GpuBackend:
         rows_stride = 0 if len(rows) < models else rows.strides[0]
         self._launch("take_rows", grid, rows, rows_stride, index, stride, order, order.strides[0], counts, models)
 
-    def first_nonfinite(self, x: DeviceArray) -> int | None:
-        """Where the first NaN or infinity of a contiguous array stands, None if there is none; waits for the device."""
+    def first_nonfinite(self, x: DeviceArray, dtype: Any) -> int | None:
+        """Where in a contiguous array the first number stands that is not finite in ``dtype``; waits for the device."""
         if x.type not in ("f16", "f32", "f64", "bf16"):
             return None
         first = self.asarray(np.full(1, 2**64 - 1, np.uint64))
-        self._launch(f"find_nonfinite_{x.type}", (self._blocks(x.size, 4),), x, x.size, first)
+        largest = largest_of(dtype, x.dtype)
+        self._launch(f"find_nonfinite_{x.type}", (self._blocks(x.size, 4),), x, x.size, largest, first)
         found = int(first.get()[0])
         return None if found == 2**64 - 1 else found
 

@@ -55,7 +55,7 @@ def check_X(X: Any, n_features: int | None = None, name: str = "X", dtype: DType
     if n_features is not None and array.shape[1] != n_features:
         raise ValueError(f"the network takes {n_features} features, {name} has {array.shape[1]}")
     array = _native(array)
-    _require_finite(array, name, dtype)
+    require_finite(array, name, dtype)
     return array
 
 
@@ -133,7 +133,7 @@ def check_targets(
             f"{name} has shape {shape}; expected ({n_samples}, {n_outputs}){also}: "
             f"one column for each of the network's outputs"
         )
-    _require_finite(array, name, dtype, flat)
+    require_finite(array, name, dtype, flat)
     array = np.ascontiguousarray(array, dtype=dtype)
     if kind == "values":
         return array
@@ -213,7 +213,9 @@ def _class_values(y: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} has no rows; at least one is needed")
     array = array.reshape(-1)
     if array.dtype.kind in "OT":
-        kinds = str if isinstance(array[0], str) else (bool, int, float, np.bool_, np.integer, np.floating)
+        numbers = (bool, int, float, np.bool_, np.integer, np.floating)
+        there = (value for value in array if isinstance(value, (str, *numbers)) and value == value)  # none missing
+        kinds = str if isinstance(next(there, None), str) else numbers
         for row, value in enumerate(array):
             if not isinstance(value, kinds):
                 raise ValueError(
@@ -244,7 +246,7 @@ def check_sample_weight(w: Any, n: int, dtype: DTypeLike = np.float32) -> np.nda
     _require_numeric(array, "sample_weight")
     if array.shape != (n,):
         raise ValueError(f"sample_weight has shape {array.shape}; expected one weight per sample, shape ({n},)")
-    _require_finite(array.reshape(-1, 1), "sample_weight", dtype, flat=True)
+    require_finite(array.reshape(-1, 1), "sample_weight", dtype, flat=True)
     _require_range(array.reshape(-1, 1), "sample_weight", 0.0, math.inf, "weights", flat=True)
     weights = np.ascontiguousarray(array, dtype=dtype)
     if not weights.any():
@@ -284,8 +286,7 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     """np.asarray with reasons; at least one dimension."""
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
         raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); use {name}.toarray()")
-    if np.ma.is_masked(value):
-        raise ValueError(f"{name} is a masked array with masked values; fill them with {name}.filled(value)")
+    refuse_masked(value, name)
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -293,6 +294,12 @@ def _as_array(value: Any, name: str) -> np.ndarray:
     if array.ndim == 0:
         raise TypeError(f"{name} is a single {type(value).__name__}; expected an array or nested lists of numbers")
     return array
+
+
+def refuse_masked(value: Any, name: str) -> None:
+    """Raise ValueError for masked values, which np.asarray would unmask."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(f"{name} is a masked array with masked values; fill them with {name}.filled(value)")
 
 
 def _ragged_row(rows: Any) -> str:
@@ -326,14 +333,14 @@ def _native(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array, dtype=dtype)
 
 
-def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool = False) -> None:
-    """Raise unless every value of a matrix is finite and stays so in `dtype`.
+def require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool = False) -> None:
+    """Raise ValueError unless every value of a matrix is finite and stays so in `dtype`; `flat` names the rows alone.
 
     The extremes of a block tell all, since they are NaN where a value is; a mask would cost memory and time.
     """
     if array.dtype.kind != "f":
         return
-    largest = min(float(np.finfo(dtype).max), float(np.finfo(array.dtype).max))
+    largest = largest_of(dtype, array.dtype)
     rows = max(1, BLOCK_BYTES // (array.shape[1] * array.itemsize))
     for start in range(0, len(array), rows):
         block = array[start : start + rows]
@@ -342,13 +349,20 @@ def _require_finite(array: np.ndarray, name: str, dtype: DTypeLike, flat: bool =
         if good:
             continue
         row, column = (int(index) for index in np.argwhere(~(np.abs(block) <= largest))[0])
-        value, where = block[row, column], _where(name, start + row, column, flat)
-        if np.isfinite(value):
-            raise ValueError(
-                f"{where} is {value}, beyond the largest {np.dtype(dtype)} ({largest:.4g}); "
-                "scale it or train in float64"
-            )
-        raise ValueError(f"{where} is {value}; every value must be finite. Drop the row or fill in a number")
+        raise not_finite(block[row, column], _where(name, start + row, column, flat), dtype)
+
+
+def largest_of(dtype: DTypeLike, own: DTypeLike) -> float:
+    """The largest number of dtype ``own`` that stays finite in ``dtype``."""
+    return min(float(np.finfo(dtype).max), float(np.finfo(own).max))
+
+
+def not_finite(value: Any, where: str, dtype: DTypeLike) -> ValueError:
+    """The error for a value, say at "X[3, 17]", that is NaN, infinite, or becomes infinite in ``dtype``."""
+    if np.isfinite(value):
+        beyond = f"beyond the largest {np.dtype(dtype)} ({np.finfo(dtype).max:.4g})"
+        return ValueError(f"{where} is {value}, {beyond}; scale it or train in float64")
+    return ValueError(f"{where} is {value}; every value must be finite. Drop the row or fill in a number")
 
 
 def _require_range(array: np.ndarray, name: str, low: float, high: float, what: str, flat: bool) -> None:

@@ -62,7 +62,7 @@ def absent(name: str, folder: Path) -> list[str]:
 
 def read(name: str, folder: Path) -> Rows:
     """A set as its files have it, split. Values to predict are standardised by the training rows."""
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
     source = SOURCES[name]

@@ -190,11 +190,15 @@ def run_peer(
     precision: str = "float32",
 ) -> dict[str, Any]:
     """Runs one peer in a process of its own and returns what it wrote (see `peers.main`)."""
+    rest = str(repeats), str(block_seconds), device, precision
+    return run_script("peers.py", name, problem, rest, child_environment(threads, device, precision))
+
+
+def run_script(script: str, name: str, source: Path, rest: Sequence[str], environment: dict[str, str]) -> Any:
+    """Runs `script name source result *rest` of this folder in a process of its own; returns the JSON that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, str(ROOT / "bench" / "peers.py"), name, str(problem), str(result)]
-        command += [str(repeats), str(block_seconds), device, precision]
-        environment = child_environment(threads, device, precision)
+        command = [sys.executable, str(ROOT / "bench" / script), name, str(source), str(result), *rest]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise PeerError(f"the process of {name} ended with status {done.returncode}:\n{done.stderr}")
@@ -379,25 +383,31 @@ def results_path(machine: dict[str, Any]) -> Path:
     return ROOT / "bench" / "results" / f"train-step-{name}-{datetime.now(UTC):%Y-%m-%d}.json"
 
 
+def names(known: Any) -> Any:
+    """The type of an option that takes names with commas between them."""
+
+    def read(text: str) -> list[str]:
+        chosen = [name for name in text.split(",") if name]
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; choose from {', '.join(known)}")
+        return chosen
+
+    return read
+
+
+def positive(kind: type) -> Any:
+    """The type of an option that takes a number above 0."""
+
+    def read(text: str) -> Any:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above 0")
+        return value
+
+    return read
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time one training step beside the peers, on the CPU or on a GPU.")
-
-    def names(known: Any) -> Any:
-        def read(text: str) -> list[str]:
-            chosen = [name for name in text.split(",") if name]
-            if unknown := [name for name in chosen if name not in known]:
-                raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; choose from {', '.join(known)}")
-            return chosen
-
-        return read
-
-    def positive(kind: type) -> Any:
-        def read(text: str) -> Any:
-            if not (value := kind(text)) > 0:
-                raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above 0")
-            return value
-
-        return read
 
     def option(flag: str, **kwargs: Any) -> None:
         parser.add_argument(flag, **kwargs)

@@ -127,6 +127,7 @@ def test_fits_in_threads_have_the_bits_of_fits_alone(often):
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer", "ignore:lbfgs failed")
 @peer
 def test_estimators_in_threads_have_the_bits_of_fits_alone(often):
+    pytest.importorskip("sklearn")
     alone = {seed: weights(fitted_estimator(seed)) for seed in range(8)}
     np.random.seed(3)
     before, found = np.random.get_state(), [{} for _ in range(8)]

@@ -289,7 +289,7 @@ class _MLP(BaseEstimator):
             n_features=X.shape[1],
             seed=seed,
             device=self.device,
-            dtype=self.dtype or X.dtype,
+            dtype=self.dtype or ("float32" if self.solver != "lbfgs" else X.dtype),
             standardize_targets=self._scales_targets(task),
         )
         for i, (W, b) in enumerate(drawn or ()):
@@ -562,7 +562,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
         scaling: of numbers: None, "standard", "robust", "quantile", "piecewise"; "auto" is "standard" where a table is
             encoded, and nothing else.
         device: "auto", "cpu", "cuda"; see ``gm.Network``.
-        dtype: "float32" or "float64"; None is X's own, float64 where that is neither.
+        dtype: "float32" or "float64", of parameters and arithmetic. None is "float32" for adam and sgd, where scikit-learn
+            takes X's own, and X's own for lbfgs, whose line search needs the digits.
 
     Attributes:
         network_: the ``gm.Network``; ``network_.save(path)`` writes a file that ``gm.load`` and the command line read, and

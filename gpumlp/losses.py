@@ -24,6 +24,7 @@ import numpy as np
 
 from .activations import ACTIVATIONS
 
+FEW_OUTPUTS = 32  # up to which columns of logits are reduced side by side
 LARGEST_EXPONENT = 80.0  # exp(80) = 5.5e34: float32 holds it, and a sum of 6,000 of them
 
 
@@ -89,13 +90,21 @@ def binary_cross_entropy(z, y, dz, label_smoothing=0.0):
 
     One output, or several independent ones (multi-label). The form of the logits never overflows.
     """
-    smoothing = per_model(label_smoothing, z)
-    t = y * (1 - smoothing) + 0.5 * smoothing
-    loss = (np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))).mean(axis=-1)
+    t, outputs = y, z.shape[-1]
+    if isinstance(label_smoothing, np.ndarray) or label_smoothing:
+        smoothing = per_model(label_smoothing, z)
+        t = y * (1 - smoothing) + 0.5 * smoothing
+    tail = np.abs(z)
+    np.log1p(np.exp(np.negative(tail, out=tail), out=tail), out=tail)
+    loss = np.maximum(z, 0)
+    loss -= z * t
+    loss += tail
     ACTIVATIONS["sigmoid"].f(z, out=dz)
     dz -= t  # dl/dz = (sigmoid(z) - t) / outputs
-    dz /= z.shape[-1]
-    return loss
+    if outputs == 1:  # of small batches the calls are what takes time
+        return loss[..., 0]
+    dz /= outputs
+    return loss.mean(axis=-1)
 
 
 def softmax_cross_entropy(z, y, dz, label_smoothing=0.0):
@@ -135,15 +144,11 @@ def _first_elements(shape: tuple[int, int, int]) -> np.ndarray:
 def over_outputs(ufunc: np.ufunc, z: np.ndarray) -> np.ndarray:
     """The ufunc's reduction over the last axis, which is kept with length 1.
 
-    Column by column where outputs are few and rows many: reduce takes some 40 ns to begin each row.
+    Over a transposed copy where outputs are few: reduce takes some 50 ns to begin each row.
     """
-    outputs = z.shape[-1]
-    if 8 * outputs > z.shape[-2]:
+    if z.shape[-1] > FEW_OUTPUTS:
         return ufunc.reduce(z, axis=-1, keepdims=True)
-    result = z[..., :1].copy()
-    for k in range(1, outputs):
-        ufunc(result, z[..., k : k + 1], out=result)
-    return result
+    return ufunc.reduce(z.transpose(2, 0, 1).copy(), axis=0)[..., None]
 
 
 def per_model(option, z) -> np.ndarray:

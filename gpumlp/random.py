@@ -55,7 +55,10 @@ def permutation(
     n: int, *, seed: int, purpose: int = Purpose.SHUFFLE, step: int = 0, model: int = 0, layer: int = 0
 ) -> Array:
     """A random order of 0 .. n-1, (n,) int64: the stable argsort of the stream's first n words."""
-    return np.argsort(words(n, seed=seed, purpose=purpose, step=step, model=model, layer=layer), kind="stable")
+    drawn = words(n, seed=seed, purpose=purpose, step=step, model=model, layer=layer)
+    order = np.argsort(drawn)  # five times as fast as a stable one, and the same where no two words are equal
+    ascending = drawn[order]
+    return np.argsort(drawn, kind="stable") if (ascending[1:] == ascending[:-1]).any() else order
 
 
 def uniform(n: int, *, seed: int, purpose: int, step: int = 0, model: int = 0, layer: int = 0) -> Array:

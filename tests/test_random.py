@@ -308,3 +308,10 @@ def test_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_equal_words_keep_their_order(monkeypatch):
+    """Two equal words of 64 bits are rare; a stable sort decides then, as it does on a device."""
+    drawn = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint64)
+    monkeypatch.setattr(random, "words", lambda n, **_: drawn[:n])
+    np.testing.assert_array_equal(random.permutation(2000, seed=1), np.argsort(drawn, kind="stable"))

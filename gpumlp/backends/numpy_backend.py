@@ -11,6 +11,7 @@ from ..losses import weighted_mean
 from .base import Batch, Dense, Draw, Dropout, Embed, Join, Norm
 
 CACHE_LINE = 64  # bytes
+SMALL_WEIGHTS = 8_192  # elements up to which W is transposed by a copy
 BLOCK = 32_768  # elements that element-wise work handles at a time, so that they stay in the processor's cache
 EPSILON = 1e-5  # under normalisation's root
 DEVICES = (2, 13)  # DLPack's numbers for CUDA and for CUDA's managed memory
@@ -91,6 +92,8 @@ class NumpyBackend:
 
     def dense_forward(self, dense: Dense, draw: Draw | None, update_running: bool) -> None:
         views = dense.work
+        if views.W_copy is not None:
+            np.copyto(views.W_copy, views.W_view)
         views.product(views.x, views.W_T, out=views.z)  # (models, batch, fan_out)
         if dense.before is not None:
             if dense.b is not None:
@@ -253,7 +256,11 @@ class _DenseViews:
             return None if array is None else array[0] if alone else array
 
         self.x, self.z, self.W = matrix(dense.x), matrix(dense.z), matrix(dense.W)
-        self.W_T = matrix(dense.W.swapaxes(1, 2))
+        self.W_T = self.W_view = matrix(dense.W.swapaxes(1, 2))
+        self.W_copy = None
+        if dense.W[0].size <= SMALL_WEIGHTS:
+            # OpenBLAS takes up to twice as long for a small matrix that is transposed as for one that is not.
+            self.W_T = self.W_copy = np.empty(self.W_view.shape, dense.W.dtype)  # type: ignore[union-attr]
         bias = None if dense.before else dense.b  # before a normalisation the bias cannot wait for the non-linearity
         identity = dense.f.name == "identity"
         in_place = identity and dense.a is dense.u

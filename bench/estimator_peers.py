@@ -31,20 +31,26 @@ SETTINGS = {
 
 
 def scikit_learn(task: str, dtype: str, raw: bool, **options: Any) -> Any:
-    """Its MLP; for raw tables behind the preprocessing, whose result is cast to `dtype`."""
+    """Its MLP; for raw tables behind the preprocessing, whose result is cast to `dtype`. It trains in X's own type."""
     from sklearn.neural_network import MLPClassifier, MLPRegressor  # type: ignore[import-untyped]
     from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
     from sklearn.preprocessing import FunctionTransformer  # type: ignore[import-untyped]
 
     mlp = (MLPRegressor if task == "values" else MLPClassifier)(**options)
-    return make_pipeline(preprocessor(), FunctionTransformer(np.asarray, kw_args={"dtype": dtype}), mlp) if raw else mlp
+    cast = FunctionTransformer(np.asarray, kw_args={"dtype": data_type(dtype)})
+    return make_pipeline(preprocessor(), cast, mlp) if raw else mlp
 
 
 def gpumlp(task: str, dtype: str, raw: bool, **options: Any) -> Any:
     """This library's MLP, which takes raw tables as they are."""
     import gpumlp as gm
 
-    return (gm.MLPRegressor if task == "values" else gm.MLPClassifier)(device="cpu", dtype=dtype, **options)
+    own = None if dtype == "default" else dtype
+    return (gm.MLPRegressor if task == "values" else gm.MLPClassifier)(device="cpu", dtype=own, **options)
+
+
+def data_type(dtype: str) -> str:
+    return "float64" if dtype == "default" else dtype
 
 
 LIBRARIES: dict[str, Callable] = {"scikit-learn": scikit_learn, "gpumlp": gpumlp}
@@ -55,8 +61,8 @@ def measure(library: str, rows: Rows, task: str, dtype: str, raw: bool, epochs: 
 
     score is accuracy or R²; of labels the share of rows with all of them right, and label_score the share of right labels.
     """
-    X, X_test = (part if raw else part.astype(dtype) for part in (rows.X, rows.X_test))
-    y, y_test = (part.astype(dtype) if task == "values" else part for part in (rows.y, rows.y_test))
+    X, X_test = (part if raw else part.astype(data_type(dtype)) for part in (rows.X, rows.X_test))
+    y, y_test = (part.astype(data_type(dtype)) if task == "values" else part for part in (rows.y, rows.y_test))
 
     def estimator(epochs: int, **options: Any) -> Any:
         return LIBRARIES[library](task, dtype, raw, max_iter=epochs, random_state=seed, **SETTINGS, **options)

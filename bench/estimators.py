@@ -28,8 +28,11 @@ from estimator_peers import CHECK_EPOCHS, CHECK_EPSILON, CHECK_ROWS, LIBRARIES, 
 from timing import short
 from train_step import PeerError, child_environment, describe_blas, n_cores, names, positive, run_script, write_json
 
-DTYPES = ("float64", "float32")
-TOLERANCE = 2e-5  # of predictions after the checked steps; 2e-6 was seen, and 1e-4 where alpha is 100 times too large
+DTYPES = ("default", "float64", "float32")  # default: float64 data, and what each library makes of it
+TRAINED_IN = {"default": "by default: float64, float32", "float64": "float64", "float32": "float32"}
+# Of predictions after the checked steps. Of one type 2e-6 was seen, and 1e-4 where alpha is 100 times too large; between
+# two types 6e-5, and 2e-2 where the learning rate is a tenth too large.
+TOLERANCES = {"default": 5e-4, "float64": 2e-5, "float32": 2e-5}
 # Standard errors by which a score may be behind. Of equals, medians of five rounds are that far behind once in 300
 # comparisons, of three once in 100; two standard errors would fail every second run.
 NOISE = 4
@@ -47,10 +50,10 @@ def run_pair(args: argparse.Namespace, name: str, source: Path, i: int) -> dict[
         if args.raw:
             continue  # each prepares the table in its own way
         error = float(np.abs(ours - theirs).max())
-        if not error <= TOLERANCE:  # so written, a NaN fails too
+        if not error <= TOLERANCES[dtype]:  # so written, a NaN fails too
             raise PeerError(
                 f"gpumlp trains something else than scikit-learn on {name} in {dtype}: after {CHECK_EPOCHS} epochs of "
-                f"{len(ours)} rows their predictions differ by {error:.1e}, allowed {TOLERANCE:.0e}"
+                f"{len(ours)} rows their predictions differ by {error:.1e}, allowed {TOLERANCES[dtype]:.0e}"
             )
         for library in LIBRARIES:
             found[library][dtype]["check_error"] = error
@@ -136,12 +139,14 @@ def markdown(report: dict[str, Any]) -> str:
         "accuracy, R², or of several labels a row the share of rows with all right, in brackets the share of right labels; "
         f"± is {NOISE} standard errors of the difference. × is the ratio of the times, above 1 where gpumlp is faster.",
         "",
-        "| | dtype | epochs | scikit-learn's score | gpumlp's | ± | scikit-learn, s | gpumlp, s | × |",
+        "| | trained in | epochs | scikit-learn's score | gpumlp's | ± | scikit-learn, s | gpumlp, s | × |",
         "|---|---|---:|" + "---:|" * 6,
     ]
     notes = [f"- {name}: skipped, {', '.join(files)} not there" for name, files in report["skipped"].items()]
     for r in results:
-        title = f"| {r['set']} {r['rows']:,} × {r['columns']}, {r['task']} | {r['dtype']} | {r['epochs']} | "
+        title = (
+            f"| {r['set']} {r['rows']:,} × {r['columns']}, {r['task']} | {TRAINED_IN[r['dtype']]} | {r['epochs']} | "
+        )
         cells = [r["status"], *["–"] * 5]
         if "peers" in r:
             theirs, ours = r["peers"].values()
@@ -219,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "split_seed": tables.SPLIT_SEED,
         "rounds": args.repeats,
         "threads": args.threads,
-        "check": {"rows": CHECK_ROWS, "epochs": CHECK_EPOCHS, "epsilon": CHECK_EPSILON, "tolerance": TOLERANCE},
+        "check": {"rows": CHECK_ROWS, "epochs": CHECK_EPOCHS, "epsilon": CHECK_EPSILON, "tolerance": TOLERANCES},
         "noise": f"{NOISE} standard errors of the difference",
     }
     report["skipped"], report["results"] = skipped, measure(args)

@@ -18,6 +18,7 @@ from . import __version__, commands
 from .network import PRECISIONS
 from .optimizers import OPTIMIZERS
 from .schedules import SCHEDULES
+from .train_command import train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    t = command("train", commands.train, "train a network on a data set", device)
+    t = command("train", train, "train a network on a data set", device)
     t.add_argument(
         "data", help="digits, moons, circles, spirals, xor, sine; a folder of IDX files; .npz; .csv[.gz] or .parquet"
     )

@@ -10,6 +10,7 @@ import pytest
 from test_bench import BENCH
 
 ROWS = 90
+DTYPES = ("default", "float64", "float32")
 SETS = ["adult", "california-housing", "yeast-multilabel"]
 
 
@@ -237,20 +238,21 @@ def test_both_train_the_same_and_the_report_is_complete(bench, run, in_this_proc
     assert report["versions"]["blas"]["threads"] == report["protocol"]["threads"] == 1
     assert report["skipped"] == {"diamonds": ["diamonds/diamonds.csv.gz"]}
     results = report["results"]
-    assert [(r["set"], r["dtype"]) for r in results] == [(name, d) for name in SETS for d in ("float64", "float32")]
-    assert [(r["rows"], r["test_rows"], r["columns"]) for r in results[::2]] == [(90, 30, 5), (72, 18, 4), (60, 30, 4)]
+    assert [(r["set"], r["dtype"]) for r in results] == [(name, d) for name in SETS for d in DTYPES]
+    assert [(r["rows"], r["test_rows"], r["columns"]) for r in results[::3]] == [(90, 30, 5), (72, 18, 4), (60, 30, 4)]
     for r in results:
         assert r["status"] == "ok" and r["epochs"] == 2
         for peer in r["peers"].values():
-            assert max(peer["check_error"]["rounds"]) <= bench.estimators.TOLERANCE
+            assert max(peer["check_error"]["rounds"]) <= bench.estimators.TOLERANCES[r["dtype"]]
             assert len(peer["seconds"]["rounds"]) == 3 and peer["seconds"]["median"] > 0
             assert ("label_score" in peer) == (r["task"] == "labels")
     orders = [[asked[:2] for asked in in_this_process if asked[4] == seed] for seed in "012"]
     assert orders[0] == [(name, library) for name in SETS for library in ("scikit-learn", "gpumlp")]
     assert orders[1] == orders[0][::-1] and orders[2] == orders[0]
-    assert {asked[2:4] + asked[5:] for asked in in_this_process} == {("float64,float32", "2", "1")}
+    assert {asked[2:4] + asked[5:] for asked in in_this_process} == {("default,float64,float32", "2", "1")}
     printed = capsys.readouterr().out
     assert "| adult 90 × 5, classes | float64 | 2 | 0." in printed
+    assert "| adult 90 × 5, classes | by default: float64, float32 | 2 | 0." in printed
     assert "- diamonds: skipped, diamonds/diamonds.csv.gz not there" in printed
 
 
@@ -264,7 +266,7 @@ def test_another_training_gets_no_figure_and_the_run_ends_with_an_error(bench, r
     monkeypatch.setitem(bench.estimator_peers.LIBRARIES, "gpumlp", faster)
     with pytest.raises(SystemExit, match="behind scikit-learn's, or a fit failed: see the notes"):
         run("--sets", "yeast-multilabel")
-    assert [(r["status"], "peers" in r) for r in run.report["results"]] == [("failed", False)] * 2
+    assert [(r["status"], "peers" in r) for r in run.report["results"]] == [("failed", False)] * 3
     printed = capsys.readouterr().out
     assert printed.count("- yeast-multilabel: gpumlp trains something else than scikit-learn on yeast-multilabel") == 1
     assert "| yeast-multilabel 60 × 4, labels | float32 | 2 | failed |" in printed
@@ -281,14 +283,14 @@ def test_a_worse_score_ends_the_run_with_an_error(bench, run, monkeypatch, capsy
     monkeypatch.setattr(bench.estimator_peers, "measure", worse)
     with pytest.raises(SystemExit, match="gpumlp's score is behind scikit-learn's"):
         run("--sets", "california-housing")
-    assert [r["status"] for r in run.report["results"]] == ["behind"] * 2
+    assert [r["status"] for r in run.report["results"]] == ["behind"] * 3
     assert "- california-housing float32: gpumlp's score is 2." in capsys.readouterr().out
 
 
 @pytest.mark.peer
 def test_no_further_set_is_begun_when_the_time_is_over(run, capsys):
     report = run("--sets", "adult", "--seconds", "1e-9")
-    assert [r["status"] for r in report["results"]] == ["no time"] * 2
+    assert [r["status"] for r in report["results"]] == ["no time"] * 3
     assert "- adult: 0 of the 3 rounds that noise is told by" in capsys.readouterr().out
 
 
@@ -296,19 +298,21 @@ def test_no_further_set_is_begun_when_the_time_is_over(run, capsys):
 def test_raw_tables_go_to_gpumlp_as_they_are(bench, run, monkeypatch):
     seen = []
 
-    def stand_in(task, dtype, raw, **options):
-        model = bench.estimator_peers.scikit_learn(task, dtype, raw, **options)
+    usual = bench.estimator_peers.LIBRARIES["gpumlp"]
+
+    def watched(task, dtype, raw, **options):
+        model = usual(task, dtype, raw, **options)
         fit = model.fit
         monkeypatch.setattr(
             model, "fit", lambda X, y: seen.append((list(X), len(X), dtype)) or fit(X, y), raising=False
         )
         return model
 
-    monkeypatch.setitem(bench.estimator_peers.LIBRARIES, "gpumlp", stand_in)
+    monkeypatch.setitem(bench.estimator_peers.LIBRARIES, "gpumlp", watched)
     report = run("--raw", "--sets", "adult")
     assert report["protocol"]["raw"] is True
-    assert [(r["columns"], r["status"], r["ratio"] > 0) for r in report["results"]] == [(3, "ok", True)] * 2
-    assert seen == [(["age", "workclass", "hours"], ROWS, dtype) for dtype in ("float64", "float32") for _ in "ab"] * 3
+    assert [(r["columns"], r["status"], r["ratio"] > 0) for r in report["results"]] == [(3, "ok", True)] * 3
+    assert seen == [(["age", "workclass", "hours"], ROWS, dtype) for dtype in DTYPES for _ in "ab"] * 3
 
 
 @pytest.mark.peer
@@ -317,7 +321,7 @@ def test_the_peers_run_in_processes_of_their_own(bench, data, pandas, tmp_path):
     args = SimpleNamespace(epochs=2, threads=1, raw=False)
     found = bench.estimators.run_pair(args, "yeast-multilabel", tmp_path / "yeast.npz", 0)
     assert {library: set(by_dtype) for library, by_dtype in found.items()} == {
-        library: {"float64", "float32"} for library in ("scikit-learn", "gpumlp")
+        library: set(DTYPES) for library in ("scikit-learn", "gpumlp")
     }
     with pytest.raises(bench.train_step.PeerError, match=r"(?s)process of gpumlp ended with status 1.*No such file"):
         bench.estimators.run_pair(args, "yeast-multilabel", tmp_path / "missing.npz", 1)

@@ -49,6 +49,15 @@ def table():
     return rng.normal(size=(8, FEATURES)), np.array(["no", "yes"] * 4)
 
 
+def small_table_model():
+    """The content of a file whose network takes tables: numbers, one-hot categories, and codes with their vectors."""
+    people = {"age": [30.0, None, 50.0, 41.0], "city": ["Oslo", "Rome", None, "Bonn"], "member": [True, False] * 2}
+    encoder = gm.TableEncoder(scaling="quantile", one_hot_limit=3).fit(people)
+    net = gm.Network([gm.Embedding((5,), 2), gm.Dense(2)], encoder=encoder, seed=1, device="cpu")
+    gm.Trainer(net, SOFTMAX).fit(people, ["no", "yes"] * 2, epochs=1)
+    return files.to_bytes(net)
+
+
 def small_state(folder):
     """The content of a training state."""
     trainer = gm.Trainer(gm.Network([gm.Dense(2)], n_features=FEATURES, device="cpu"), SOFTMAX)
@@ -126,6 +135,16 @@ def forged(change):
         config, tensors = container.unpack(model, "model", "model", None)
         change(config, tensors)
         return container.pack("model", config, tensors)
+
+    return build
+
+
+def tabled(change):
+    """A model over tables with another encoder, and a checksum that fits."""
+    table_model = small_table_model()
+
+    def build(model):
+        return forged(lambda config, tensors: change(config["encoder"], tensors))(table_model)
 
     return build
 
@@ -322,6 +341,32 @@ CONTENTS = {  # what is in the file, given a good model, and what is said about 
     "a layer of a class": (layer(kind="Lambda"), "KeyError: 'Lambda'"),
     "a layer with a class": (layer(__class__="os.system"), "TypeError"),
     "a loss with another self": (setting(loss={"name": SOFTMAX, "self": 1}), "TypeError"),
+    # the encoder of tables
+    "an encoder of text": (setting(encoder="os.system"), "not a table encoder's configuration"),
+    "an encoder of nothing": (setting(encoder={}), "not a table encoder's configuration"),
+    "an encoder of code": (tabled(lambda e, t: e.update(scaling="__import__('os')")), "do not fit together"),
+    "other columns": (tabled(lambda e, t: e["columns"].pop()), SHAPES + "|the encoder makes"),
+    "a column of another kind": (
+        tabled(lambda e, t: e["columns"][0].update(kind="lambda")),
+        "not a table encoder's configuration",
+    ),
+    "two columns of one name": (tabled(lambda e, t: e["columns"][1].update(name="age")), "two columns are named 'age'"),
+    "10^9 categories": (tabled(lambda e, t: e["columns"][1].update(words=10**9)), "do not fit together"),
+    "10^9 quantiles": (tabled(lambda e, t: e.update(n_quantiles=10**9)), "do not fit together"),
+    "-1 missing cells": (tabled(lambda e, t: e["columns"][0].update(missing=-1)), "not a table encoder's"),
+    "NaN among the quantiles": (tabled(lambda e, t: t["encoder.quantiles"].fill(np.nan)), "are not all finite"),
+    "falling quantiles": (
+        tabled(
+            lambda e, t: (
+                t["encoder.quantiles"].sort(axis=1) or np.negative(t["encoder.quantiles"], out=t["encoder.quantiles"])
+            )
+        ),
+        "not in ascending order",
+    ),
+    "words beyond their end": (tabled(lambda e, t: t["encoder.word_ends"].__setitem__(-1, 2**62)), "do not divide"),
+    "words that go backwards": (tabled(lambda e, t: t["encoder.word_ends"].__setitem__(0, -5)), "do not divide"),
+    "words that are no text": (tabled(lambda e, t: t["encoder.words"].fill(0xFF)), "UnicodeDecodeError"),
+    "words out of order": (tabled(lambda e, t: t["encoder.words"].__setitem__(0, 0x7E)), "not in ascending order"),
     # other formats
     "pickle": (lambda model: pickle.dumps(Payload()), CUT),
     "pickle of protocol 0": (lambda model: pickle.dumps(Payload(), 0), CUT),
@@ -539,7 +584,7 @@ def take_state(data):
     return container.pack("state", config, tensors)
 
 
-READERS = {"model": take_model, "state": take_state}
+READERS = {"model": take_model, "table": take_model, "state": take_state}
 STRANGE = (None, True, -1, 0, 0.5, 2**62, 10**30, "", "x", "F16", [], [0], {}, [[]], {"a": 1}, "\ud800", "é" * 50)
 
 
@@ -647,6 +692,7 @@ def cut(kind, path):
 def goods(model, tmp_path_factory):
     made = tmp_path_factory.mktemp("goods")
     (made / "model").write_bytes(model)
+    (made / "table").write_bytes(small_table_model())
     small_state(made)
     return made
 
@@ -668,9 +714,10 @@ def test_a_file_cut_off_at_every_byte(kind, goods):
 
 
 @pytest.mark.parametrize("count", [3_000, LONG(100_000)])
-def test_forged_configurations(count, goods):
+@pytest.mark.parametrize("kind", ["model", "table"])
+def test_forged_configurations(kind, count, goods):
     """A right checksum proves nothing: what it covers is a network, or it is refused."""
-    found = elsewhere("forge", goods / "model", count)
+    found = elsewhere("forge", goods / kind, count)
     assert found["wrong"] == [] and found["memory"] < MEMORY
     assert found["refused"] > count / 3
 

@@ -19,7 +19,8 @@ PACKAGE = Path(gpumlp.__file__).parent
 LINES = """
 __main__
 cli
-commands                what the command line's commands do
+train_command           from data and flags to a network's file
+commands                what the command line's other commands do
 estimators              scikit-learn's manners; needs it
 sklearn_training        its rules of training in the library's terms
 __init__                what `import gpumlp` offers

@@ -20,3 +20,17 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "19,210 parameters" in out and "accuracy" in out
     assert len(session["best"].predict(session["data"].X_test)) == len(session["data"].X_test)
+
+
+def test_every_promise_names_a_test():
+    if not README.exists():
+        pytest.skip("the README is not shipped with an installed package")
+    promises = README.read_text("utf-8").split("## What is promised")[1].split("\n## ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and "---" not in line and line != "| | |"]
+    for row in rows:
+        named = re.findall(r"`(tests|bench)/(\w+\.py)(?:::(\w+))?`", row)
+        assert named, row
+        for folder, file, test in named:
+            text = (README.parent / folder / file).read_text("utf-8")
+            assert not test or f"def {test}(" in text, f"{folder}/{file}::{test}"
+    assert len(rows) >= 10

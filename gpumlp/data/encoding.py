@@ -317,6 +317,9 @@ class TableEncoder:
             if any(a >= b for a, b in pairwise(words)):
                 raise ValueError(f"a table encoder whose categories of {name!r} are not in ascending order")
             columns.append(CategoryColumn(name, missing, words, entry["kind"] == "codes"))
+        named = [column.name for column in columns if column.name is not None]
+        if len(set(named)) < len(named):
+            raise ValueError(f"two columns are named {next(name for name in named if named.count(name) > 1)!r}")
         encoder.columns = columns
         return encoder
 

@@ -164,27 +164,29 @@ class _MLP(BaseEstimator):
             raise ValueError(f"schedule={self.schedule!r} cannot be joined with this: {why}; leave out one of them")
         if self.ema is not None and incremental:
             raise ValueError(f"ema={self.ema!r} averages over a whole fit, which partial_fit is not; leave it out")
-        if first:
-            self.encoder_ = self._new_encoder(X)
-        X, y = self._check_data(X, y, incremental, reset=first)
+        encoder = self._new_encoder(X) if first else self.encoder_
+        X, y = self._check_data(X, y, incremental, first, encoder)
         targets = self._encode(y)
         task = self._task(targets)
         random_state = check_random_state(self.random_state)
         split = None
-        if first and self.encoder_ is not None:  # what is held out is not to be learned from
+        if first and encoder is not None:  # what is held out is not to be learned from
             split = self._split(targets, held_out, task, random_state)
-            self._learn_columns(X, split[0])
-        X = self._numbers(X)
+            encoder.fit(X, split[0])
+        X = _numbers(X, encoder)
         rows = Rows(X, targets, _checked_weight(sample_weight, X))
         if first:
             self._begin(task)
-            drawn = sklearn_weights(random_state, [self._width(X), *sizes, task.outputs], self._activations(sizes))
+            vectors = len(_code_sizes(encoder)) * (self.embedding_size - 1)  # columns that they add
+            widths = [X.shape[1] + vectors, *sizes, task.outputs]
+            drawn = sklearn_weights(random_state, widths, self._activations(sizes))
         chosen, held = split or self._split(targets, held_out, task, random_state)
         train = rows if chosen is None else rows[chosen]
-        validation = self._given(held_out) if held is None else (rows[held], self._decode(rows.y[held]))
+        validation = self._given(held_out, encoder) if held is None else (rows[held], self._decode(rows.y[held]))
         if first:
             seed = int(random_state.randint(np.iinfo(np.int32).max))
-            self.network_ = self._network(sizes, task, rows.X, seed, drawn)
+            self.network_ = self._network(sizes, task, rows.X, seed, drawn, encoder)
+            self._take_columns(encoder)
         train = self._weigh_classes(train, y if len(train) == len(rows) else None)
         self.network_.encoder = None  # it trains on rows that are encoded already
         try:
@@ -213,26 +215,20 @@ class _MLP(BaseEstimator):
             scaling="standard" if self.scaling == "auto" else self.scaling,
         )
 
-    def _learn_columns(self, X: Any, rows: np.ndarray | None) -> None:
-        encoder = self.encoder_.fit(X, rows)  # type: ignore[union-attr]
-        self.n_features_in_ = len(encoder.columns)  # type: ignore[arg-type]
-        self.__dict__.pop("feature_names_in_", None)
-        if encoder.feature_names is not None:
-            self.feature_names_in_ = np.array(encoder.feature_names, object)
+    def _take_columns(self, encoder: TableEncoder | None) -> None:
+        self.encoder_ = encoder
+        if encoder is not None:
+            self.n_features_in_ = len(encoder.columns)  # type: ignore[arg-type]
+            self.__dict__.pop("feature_names_in_", None)
+            if encoder.feature_names is not None:
+                self.feature_names_in_ = np.array(encoder.feature_names, object)
+        self.network_.feature_names = self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None
 
-    def _numbers(self, X: Any) -> np.ndarray:
-        return _dense(X) if self.encoder_ is None else self.encoder_.transform(X)
-
-    def _code_sizes(self) -> list[int]:
-        return [] if self.encoder_ is None else self.encoder_.code_sizes
-
-    def _width(self, X: np.ndarray) -> int:
-        """Columns that the first Dense layer reads."""
-        return X.shape[1] + len(self._code_sizes()) * (self.embedding_size - 1)
-
-    def _check_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, np.ndarray]:
+    def _check_data(
+        self, X: Any, y: Any, incremental: bool, reset: bool, encoder: TableEncoder | None
+    ) -> tuple[Any, np.ndarray]:
         """X as scikit-learn checks it, or the table as it is, and y."""
-        if self.encoder_ is None:
+        if encoder is None:
             kinds = {"accept_sparse": "csr", "multi_output": True, "dtype": (np.float64, np.float32)}
             with _saying_where(X=X, y=y):
                 X, y = validate_data(self, X, y, y_numeric=self._y_is_numeric, reset=reset, **kinds)
@@ -277,26 +273,27 @@ class _MLP(BaseEstimator):
             )
         return list(self.activation)
 
-    def _network(self, sizes: list[int], task: Task, X: np.ndarray, seed: int, drawn: list | None) -> Network:
+    def _network(
+        self, sizes: list[int], task: Task, X: np.ndarray, seed: int, drawn: list | None, encoder: TableEncoder | None
+    ) -> Network:
         hidden = [
             Dense(n, OWN_NAMES.get(f, f) if isinstance(f, str) else f, norm=self.norm, dropout=self.dropout)
             for n, f in zip(sizes, self._activations(sizes), strict=True)
         ]
-        sizes_of_codes = self._code_sizes()
-        vectors = [Embedding(tuple(sizes_of_codes), self.embedding_size)] if sizes_of_codes else []
+        codes = _code_sizes(encoder)
+        vectors = [Embedding(tuple(codes), self.embedding_size)] if codes else []
         network = Network(
             [*vectors, *hidden, Dense(task.outputs)],
             n_features=X.shape[1],
             seed=seed,
             device=self.device,
             dtype=self.dtype or ("float32" if self.solver != "lbfgs" else X.dtype),
-            standardize_targets=self._scales_targets(task),
+            standardize_targets=self._scales_targets(task, encoder is not None),
         )
         for i, (W, b) in enumerate(drawn or ()):
             network.parameters[f"dense_{i}.W"][...] = np.ascontiguousarray(W.T, network.dtype)[None]
             if f"dense_{i}.b" in network.parameters:
                 network.parameters[f"dense_{i}.b"][...] = b.astype(network.dtype)[None]
-        network.feature_names = self.feature_names_in_.tolist() if hasattr(self, "feature_names_in_") else None
         return network
 
     def _split(
@@ -315,12 +312,12 @@ class _MLP(BaseEstimator):
             )
         return train, held
 
-    def _given(self, held_out: tuple | None) -> tuple[Rows, Any] | None:
+    def _given(self, held_out: tuple | None, encoder: TableEncoder | None) -> tuple[Rows, Any] | None:
         """The user's own validation rows, and their y as it was written."""
         if held_out is None:
             return None
-        X, y = self._check_data(held_out[0], held_out[1], incremental=True, reset=False)
-        X = self._numbers(X)
+        X, y = self._check_data(held_out[0], held_out[1], True, False, encoder)
+        X = _numbers(X, encoder)
         return Rows(X, self._encode(y), _checked_weight(held_out[2], X)), y
 
     def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any] | None, incremental: bool) -> None:
@@ -458,7 +455,7 @@ class _MLP(BaseEstimator):
 
     def _check_targets(self, y: np.ndarray, incremental: bool) -> None: ...
 
-    def _scales_targets(self, task: Task) -> bool:
+    def _scales_targets(self, task: Task, encoded: bool) -> bool:
         return False
 
     def _stratifies(self, task: Task) -> bool:
@@ -737,9 +734,10 @@ class MLPRegressor(RegressorMixin, _MLP):
 
     _y_is_numeric = True
 
-    def _scales_targets(self, task: Task) -> bool:
-        fits = task.loss.row.output == "identity"
-        return fits and self.encoder_ is not None if self.standardize_targets == "auto" else self.standardize_targets
+    def _scales_targets(self, task: Task, encoded: bool) -> bool:
+        if self.standardize_targets != "auto":
+            return bool(self.standardize_targets)
+        return encoded and task.loss.row.output == "identity"
 
     def _encode(self, y: np.ndarray) -> np.ndarray:
         y = y if y.ndim == 2 else y[:, None]
@@ -839,6 +837,14 @@ def _checked_weight(weight: Any, X: Any) -> np.ndarray | None:
         return None
     with _saying_where(sample_weight=weight):
         return _check_sample_weight(weight, X)
+
+
+def _numbers(X: Any, encoder: TableEncoder | None) -> np.ndarray:
+    return _dense(X) if encoder is None else encoder.transform(X)
+
+
+def _code_sizes(encoder: TableEncoder | None) -> list[int]:
+    return [] if encoder is None else encoder.code_sizes
 
 
 def _dense(X: Any) -> np.ndarray:

@@ -123,6 +123,8 @@ def test_estimators_name_a_value_that_is_not_finite_and_move_no_weight(argument,
             give = {"frame": as_frame, "sparse": lambda v: sparse.csr_matrix(v) if v.ndim == 2 else v}
             data = {name: give.get(form, lambda values: values)(values) for name, values in data.items()}
             calls = [model.fit, model.partial_fit]
+            if form == "frame" and argument == "X":  # where NaN is a missing cell; see tests/test_estimator_tables.py
+                calls = calls[1:]
             calls += [lambda X, y, sample_weight, model=model: model.predict(X)] if argument == "X" else []
             for call in calls:
                 with pytest.raises(ValueError) as error:
@@ -227,7 +229,7 @@ DIFFER = {  # (core, estimators): None where it gives what the plain array gives
         None,
     ),
     "columns that may miss values": (frame("Float64"), (ValueError, "X has dtype object"), None),
-    "missing values": (with_missing, (ValueError, "X has dtype object"), (ValueError, r"X\[5, 2\] is nan")),
+    "missing values": (with_missing, (ValueError, "X has dtype object"), OWN_WAY),
     "None among numbers": (
         lambda: [[1, None, 2, 3]] * 24,
         (ValueError, r"X has dtype object \(mixed types\)"),
@@ -296,7 +298,7 @@ DIFFER = {  # (core, estimators): None where it gives what the plain array gives
     "a dict": (
         lambda: {"a": 1},
         (TypeError, "X is a single dict; expected an array"),
-        ((TypeError, ValueError), "not 'dict'|got scalar array"),
+        ((TypeError, ValueError), "not 'dict'|got scalar array|expected an array, a list or a series"),
     ),
     "a set": (
         lambda: {1, 2},

@@ -220,6 +220,32 @@ def test_wrong_tables():
     assert small(scaling="standard").fit(np.array([[1.0, np.nan], [2.0, 3.0]] * 5), [0, 1] * 5).encoder_ is not None
 
 
+@pytest.mark.parametrize("cls", [MLPClassifier, MLPRegressor])
+def test_a_fit_that_fails_leaves_the_estimator_as_it_was(cls):
+    table, price, sold = homes(60)
+    y = sold if cls is MLPClassifier else price
+    model = small(cls, max_iter=2).fit(table, y)
+    before, encoder = model.predict(table), model.encoder_
+    wrong = table.rename(columns={"size": "area"})
+    wrong.loc[3, "area"] = np.inf
+    with pytest.raises(ValueError, match='column "area", row 3: inf is infinite'):
+        model.fit(wrong, y)
+    with pytest.raises(ValueError, match="activation='nonsense' is unknown"):
+        model.set_params(activation="nonsense").fit(table.rename(columns={"size": "area"}), y)
+    assert model.encoder_ is encoder and model.feature_names_in_.tolist() == list(table)
+    np.testing.assert_array_equal(model.predict(table), before)
+
+
+def test_bools_among_numbers_are_numbers():
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    X[:, 1] = X[:, 1] > 0
+    y = (X[:, 0] > 0).astype(int)
+    frame = pd.DataFrame(X).astype({1: "bool"})
+    model = small(max_iter=2).fit(frame.rename(columns=str), y)
+    assert model.encoder_ is None
+    np.testing.assert_array_equal(model.coefs_[0], small(max_iter=2).fit(X, y).coefs_[0])
+
+
 def test_adult():
     """README.md's figures: with early stopping, and the recipe; on the official test rows."""
     folder = DATA / "adult"

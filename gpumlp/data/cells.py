@@ -165,13 +165,13 @@ def is_table(thing: Any) -> bool:
 
 
 def needs_encoding(table: Any) -> bool:
-    """Whether a table is more than numbers: a column is a category, or has missing cells."""
+    """Whether a table is more than numbers and bools: a column is a category, or has missing cells."""
     names, raw = open_table(table)
     for position, cells in enumerate(all_cells(names, raw)):
-        if is_category(cells, label_of(names, position)):
+        kind = cells.values.dtype.kind
+        if kind != "b" and is_category(cells, label_of(names, position)):
             return True
-        numbers = cells.values.dtype.kind in "biuf"
-        if np.isnan(cells.values).any() if numbers else any(map(_is_missing, cells.values.tolist())):
+        if np.isnan(cells.values).any() if kind in "biuf" else any(map(_is_missing, cells.values.tolist())):
             return True
     return False
 

@@ -73,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument("--activation", default="relu", help="of the hidden layers (default: relu)")
     network.add_argument("--norm", choices=["batch", "layer"], help="normalisation before the non-linearity")
     network.add_argument(
-        "--dropout", type=float, metavar="RATE", help="of the hidden layers (default: 0, of a table 0.2)"
+        "--dropout",
+        type=float,
+        metavar="RATE",
+        help="of the hidden layers (default: 0, over the classes of a table 0.2)",
     )
     network.add_argument("--input-dropout", type=float, default=0.0, metavar="RATE")
     network.add_argument("--initializer", help="default: by the activation")

@@ -22,6 +22,7 @@ from . import __version__
 from .backends import get_backend
 from .container import write_atomically
 from .data import Dataset, encode_labels, load, load_table, read_columns, read_rows
+from .data.encoding import Encoded
 from .data.readers import is_table_file
 from .files import load as load_model
 from .network import Network
@@ -69,12 +70,10 @@ def _in_order(options: argparse.Namespace, network: Network, data: Dataset, X: n
     return X
 
 
-def _encoded(network: Network, table: Any, path: Any) -> np.ndarray:
-    """The table as numbers, which the network takes from here on."""
-    encoder, network.encoder = network.encoder, None
-    assert encoder is not None
+def _encoded(network: Network, table: Any, path: Any) -> Encoded:
+    assert network.encoder is not None
     with naming(path):
-        return encoder.transform(table)
+        return Encoded(network.encoder.transform(table))
 
 
 @contextmanager
@@ -83,12 +82,13 @@ def naming(path: Any) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
 
 
 def predict(options: argparse.Namespace) -> Result:
     """Predictions of a saved model for rows without targets, as CSV."""
     network = _load_one(options)
+    X: Any
     if network.encoder is None:
         X, _ = read_rows(options.rows, network.feature_names)
     else:
@@ -160,7 +160,7 @@ def _load_one(options: argparse.Namespace) -> Network:
 # --- what train needs too -------------------------------------------------------------------------------------------
 
 
-def measure(trainer: Trainer, X: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def measure(trainer: Trainer, X: Any, y: np.ndarray) -> dict[str, float]:
     """Loss and metrics on labels that are indices already."""
     network = trainer.network
     classes, network.classes = network.classes, None

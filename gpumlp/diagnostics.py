@@ -9,7 +9,6 @@ import numpy as np
 
 from . import random
 from .backends.base import Dense
-from .data.checks import check_X
 from .fit_data import scaled_targets, targets_for
 from .losses import Loss, get_loss
 from .workspace import Workspace
@@ -49,7 +48,7 @@ def gradient_check(network: Network, X: Any, y: Any, loss: Any = None) -> dict[s
         raise ValueError("gradient_check needs a loss: pass one, or assign network.loss")
     loss = network.loss if loss is None else get_loss(loss)
     twin = network.copy(dtype="float64")
-    X = check_X(X, network.n_features, dtype=np.float64)
+    X = twin.check_X(X)
     targets = _fitted_targets(twin, loss, y, len(X))
     here = twin.backend.to_numpy
     running = {name: here(values).copy() for name, values in twin.statistics.items()}
@@ -128,7 +127,7 @@ def diagnose(network: Network, X: Any, y: Any = None, loss: Any = None) -> Diagn
     """
     if network.is_fleet:
         raise ValueError("diagnose looks at one network; take a model of the fleet: network[0].diagnose(X)")
-    X = check_X(X, network.n_features)
+    X = network.check_X(X)
     n, X = len(X), X[:ROWS]
     if network.backend.is_device:
         network = network.copy(device="cpu")

@@ -2,10 +2,9 @@
 
 Parameters, defaults, attributes and messages are those of scikit-learn 1.9's classes of the same names, so that changing
 the import line is enough. With its four activations the initial weights are drawn as it draws them, and so is the held-out
-part: without shuffling, fits agree step by step. What its classes do not have follows as further keywords, whose defaults
-change nothing.
-
-A table with categories or missing cells, which scikit-learn refuses, goes through a ``TableEncoder`` that the fit learns.
+part: without shuffling, fits in float64 agree step by step. What its classes do not have follows as further keywords; by
+default only ``dtype`` and tables differ from theirs. A table with text, missing cells or categorical columns, which
+scikit-learn refuses, goes through a ``TableEncoder`` that the fit learns.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from sklearn.utils.multiclass import (  # type: ignore
 from sklearn.utils.validation import (  # type: ignore
     _check_sample_weight,
     _check_y,
-    check_consistent_length,
     check_is_fitted,
     validate_data,
 )
 
 from .activations import Activation
-from .data.cells import is_table, needs_encoding
 from .data.checks import not_finite, refuse_masked, require_finite
-from .data.encoding import IMPUTATIONS, SCALINGS, TableEncoder
+from .data.encoding import IMPUTATIONS, SCALINGS, Encoded, TableEncoder
+from .data.frames import is_table, n_rows, needs_encoding, take_rows
+from .data.table import Table
 from .layers import Dense, Embedding
 from .losses import Loss, output_values
 from .network import Network
@@ -73,6 +72,8 @@ _SHARE = Interval(Real, 0, 1, closed="left")
 
 class _MLP(BaseEstimator):
     """What classifier and regressor share."""
+
+    encoder_: TableEncoder | None
 
     _parameter_constraints: dict = {  # noqa: RUF012
         "hidden_layer_sizes": ["array-like", _AT_LEAST_ONE],
@@ -173,7 +174,7 @@ class _MLP(BaseEstimator):
         if first and encoder is not None:  # what is held out is not to be learned from
             split = self._split(targets, held_out, task, random_state)
             encoder.fit(X, split[0])
-        X = _numbers(X, encoder)
+        table, X = X, _numbers(X, encoder)
         rows = Rows(X, targets, _checked_weight(sample_weight, X))
         if first:
             self._begin(task)
@@ -182,17 +183,13 @@ class _MLP(BaseEstimator):
             drawn = sklearn_weights(random_state, widths, self._activations(sizes))
         chosen, held = split or self._split(targets, held_out, task, random_state)
         train = rows if chosen is None else rows[chosen]
-        validation = self._given(held_out, encoder) if held is None else (rows[held], self._decode(rows.y[held]))
+        validation = self._given(held_out, encoder) if held is None else self._held(rows, table, held, encoder)
         if first:
             seed = int(random_state.randint(np.iinfo(np.int32).max))
             self.network_ = self._network(sizes, task, rows.X, seed, drawn, encoder)
             self._take_columns(encoder)
         train = self._weigh_classes(train, y if len(train) == len(rows) else None)
-        self.network_.encoder = None  # it trains on rows that are encoded already
-        try:
-            self._train(task, train, validation, incremental)
-        finally:
-            self.network_.encoder = self.encoder_
+        self._train(task, train, validation, incremental)
         return self
 
     # --- tables
@@ -206,17 +203,21 @@ class _MLP(BaseEstimator):
         ]
         if asked and hasattr(X, "toarray"):
             raise ValueError(f"{asked[0]} is for tables, X is sparse; scale it before, or pass it dense")
-        if not asked and not (is_table(X) and needs_encoding(X)):
+        needed = is_table(X) and needs_encoding(X)
+        if not (asked or needed or isinstance(X, Mapping | Table)):
             return None
         return TableEncoder(
             categorical_features=self.categorical_features,
             one_hot_limit=self.one_hot_limit,
             impute=self.impute,
-            scaling="standard" if self.scaling == "auto" else self.scaling,
+            scaling=("standard" if needed else None) if self.scaling == "auto" else self.scaling,
         )
 
+    def _for_network(self, X: np.ndarray) -> Any:
+        return X if self.encoder_ is None else Encoded(X)
+
     def _take_columns(self, encoder: TableEncoder | None) -> None:
-        self.encoder_ = encoder
+        self.encoder_ = self.network_.encoder = encoder
         if encoder is not None:
             self.n_features_in_ = len(encoder.columns)  # type: ignore[arg-type]
             self.__dict__.pop("feature_names_in_", None)
@@ -235,7 +236,8 @@ class _MLP(BaseEstimator):
         else:
             with _saying_where(y=y):
                 y = _check_y(y, multi_output=True, y_numeric=self._y_is_numeric, estimator=self)
-            check_consistent_length(X[next(iter(X))] if isinstance(X, Mapping) and len(X) else X, y)
+            if n_rows(X) != len(y):
+                raise ValueError(f"Found input variables with inconsistent numbers of samples: {[n_rows(X), len(y)]}")
         y = _dense(y)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
@@ -287,7 +289,7 @@ class _MLP(BaseEstimator):
             n_features=X.shape[1],
             seed=seed,
             device=self.device,
-            dtype=self.dtype or ("float32" if self.solver != "lbfgs" else X.dtype),
+            dtype=self.dtype or ("float32" if self.solver != "lbfgs" else X.dtype if encoder is None else "float64"),
             standardize_targets=self._scales_targets(task, encoder is not None),
         )
         for i, (W, b) in enumerate(drawn or ()):
@@ -312,15 +314,21 @@ class _MLP(BaseEstimator):
             )
         return train, held
 
-    def _given(self, held_out: tuple | None, encoder: TableEncoder | None) -> tuple[Rows, Any] | None:
-        """The user's own validation rows, and their y as it was written."""
+    def _given(self, held_out: tuple | None, encoder: TableEncoder | None) -> tuple[Rows, Any, Any] | None:
+        """The user's own validation rows; see ``_held``."""
         if held_out is None:
             return None
         X, y = self._check_data(held_out[0], held_out[1], True, False, encoder)
-        X = _numbers(X, encoder)
-        return Rows(X, self._encode(y), _checked_weight(held_out[2], X)), y
+        numbers = _numbers(X, encoder)
+        rows = Rows(numbers, self._encode(y), _checked_weight(held_out[2], numbers))
+        return rows, numbers if encoder is None else X, y
 
-    def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any] | None, incremental: bool) -> None:
+    def _held(self, rows: Rows, table: Any, held: np.ndarray, encoder: TableEncoder | None) -> tuple[Rows, Any, Any]:
+        """Rows that were held out, and what a scorer is given: X, of a table as the user wrote it, and y."""
+        own = rows[held]
+        return own, own.X if encoder is None else take_rows(table, held), self._decode(own.y)
+
+    def _train(self, task: Task, train: Rows, validation: tuple[Rows, Any, Any] | None, incremental: bool) -> None:
         n, network = len(train), self.network_
         batch = n if self.solver == "lbfgs" else self._batch_size(n)
         total = 1.0 if train.weight is None else float(train.weight.mean())
@@ -345,11 +353,11 @@ class _MLP(BaseEstimator):
             best = getattr(self, "best_loss_", None)
             self.best_loss_ = None if self.early_stopping else np.inf if best is None else best
         monitor = Monitor(self, task, train, 0.5 * self.alpha * steps / (n * (total or 1.0)), score)
-        held = validation and (validation[0].X, validation[0].y, validation[0].weight)
+        held = validation and (self._for_network(validation[0].X), validation[0].y, validation[0].weight)
         self.n_iter_, diverged = 0, False
         try:
             trainer.fit(
-                train.X,
+                self._for_network(train.X),
                 probabilities_if_one_class(train.y, task, network.dtype),
                 epochs=1 if incremental else self.max_iter,
                 batch_size=batch,
@@ -435,19 +443,20 @@ class _MLP(BaseEstimator):
             for name, values in bound.states.items():
                 values[...] = self._optimizer_state[name]
 
-    def _scorer(self, task: Task, validation: tuple[Rows, Any]) -> Callable[[dict], float]:
+    def _scorer(self, task: Task, validation: tuple[Rows, Any, Any]) -> Callable[[dict], float]:
         """The validation score of an epoch from its record."""
         if self.scoring is None:
             if task.metric is None:
                 return lambda record: -record["val_loss"]
             return lambda record: record[f"val_{task.metric}"]
         scorer = self.scoring if callable(self.scoring) else get_scorer(self.scoring)
-        rows, y = validation
+        rows, X, y = validation
         extra = {} if rows.weight is None else {"sample_weight": rows.weight}
-        view = object.__new__(type(self))  # that takes rows as the network does: encoded, without names of columns
-        view.__dict__.update({k: v for k, v in vars(self).items() if k != "feature_names_in_"})
-        view.encoder_, view.n_features_in_ = None, rows.X.shape[1]
-        return lambda record: float(scorer(view, rows.X, y, **extra))
+        view = self
+        if self.encoder_ is None:  # without the names of columns, which an array does not have
+            view = object.__new__(type(self))
+            view.__dict__.update({k: v for k, v in vars(self).items() if k != "feature_names_in_"})
+        return lambda record: float(scorer(view, X, y, **extra))
 
     # --- what differs between labels and values
 
@@ -505,6 +514,9 @@ class _MLP(BaseEstimator):
         starts = range(0, X.shape[0], SPARSE_ROWS)
         return np.concatenate([self.network_.logits(_dense(X[i : i + SPARSE_ROWS])) for i in starts])
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return "network_" in vars(self)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
@@ -532,7 +544,7 @@ class MLPClassifier(ClassifierMixin, _MLP):
             of the rows is the library's own, so that numbers differ from scikit-learn's where it shuffles.
         tol, n_iter_no_change: a fit ends after that many epochs in a row that improve by less than tol.
         verbose: print each epoch's loss.
-        warm_start: a further fit goes on from the present weights.
+        warm_start: a further fit goes on from the present weights; what was learned of a table's columns stays.
         momentum, nesterovs_momentum: of sgd; momentum is less than 1.
         early_stopping, validation_fraction: hold rows out, stop by their score, put the best weights back.
         beta_1, beta_2, epsilon: of adam; epsilon stands outside the bias correction (Kingma & Ba 2015, algorithm 1), in
@@ -553,7 +565,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
         categorical_features: of a table, "auto", or names or positions of columns, None for none. Columns of numbers alone
             are left as they are, as scikit-learn does; a table with categories or missing cells is encoded by a
             ``gm.TableEncoder``, which says what each option does. So is an array where ``scaling`` or this asks for it.
-        one_hot_limit: a column with more categories than this becomes learned vectors (``gm.Embedding``).
+        one_hot_limit: a column with more categories than this becomes learned vectors (``gm.Embedding``), which ``alpha``
+            does not reach.
         embedding_size: length of such a vector.
         impute: "median" or "mean" for missing numbers, beside an indicator column.
         scaling: of numbers: None, "standard", "robust", "quantile", "piecewise"; "auto" is "standard" where a table is
@@ -595,7 +608,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
     @available_if(lambda self: self._is_stochastic())
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> MLPClassifier:
-        """Train for one epoch on these rows; the first call needs all ``classes``. Errors as in ``fit``."""
+        """Train for one epoch on these rows; the first call needs all ``classes``. Errors as in ``fit``.
+
+        Of a table, the first call learns categories, fills and scales, from its rows alone.
+        """
         if self.class_weight == "balanced":
             raise ValueError("class_weight='balanced' counts all rows, which partial_fit does not see; give a dict")
         with one_at_a_time(self, type(self).__name__):
@@ -728,7 +744,10 @@ class MLPRegressor(RegressorMixin, _MLP):
     @available_if(lambda self: self._is_stochastic())
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
-        """Train for one epoch on these rows. Errors as in ``fit``."""
+        """Train for one epoch on these rows. Errors as in ``fit``.
+
+        What the first call learns of y and of a table's columns stays.
+        """
         with one_at_a_time(self, type(self).__name__):
             return self._fit(X, y, sample_weight, None, incremental=True)
 

@@ -121,6 +121,8 @@ def _describe_layer(place: Any) -> dict[str, Any]:
         values |= {"activation": activation.spec}
     if "name" in values:
         values["name"] = place.name
+    if "sizes" in values:
+        values["sizes"] = list(values["sizes"])  # as JSON has it
     if "dropout" in values:
         values["dropout"] = np.asarray(values["dropout"], float).tolist()
     return {"kind": place.layer.kind} | values

@@ -136,9 +136,11 @@ class Embedding(_Callable):
 
         out = [x_0, ..., x_k, E_1[code_1], E_2[code_2], ...]
 
+    Penalties and decay, which are for weights, do not reach the vectors.
+
     Args:
         sizes: of each column of codes, how many there are. Code 0 stands for what is unknown: its vector begins as zeros,
-            as any code does that no row of the training has. A code out of range is 0.
+            and stays so where no row of the training has it. A code out of range counts as 0.
         units: length of a vector.
         initializer: of the vectors, a name of ``gpumlp.initializers.INITIALIZERS``. By the default their length is about 1,
             as that of a one-hot row.

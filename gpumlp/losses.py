@@ -144,9 +144,10 @@ def _first_elements(shape: tuple[int, int, int]) -> np.ndarray:
 def over_outputs(ufunc: np.ufunc, z: np.ndarray) -> np.ndarray:
     """The ufunc's reduction over the last axis, which is kept with length 1.
 
-    Over a transposed copy where outputs are few: reduce takes some 50 ns to begin each row.
+    Over a transposed copy where outputs are few: reduce takes some 50 ns to begin each row. Of one row, though, a lone
+    model's copy would be a vector, whose sum NumPy makes in another order than that of a fleet's columns.
     """
-    if z.shape[-1] > FEW_OUTPUTS:
+    if z.shape[-1] > FEW_OUTPUTS or z.shape[-2] == 1:
         return ufunc.reduce(z, axis=-1, keepdims=True)
     return ufunc.reduce(z.transpose(2, 0, 1).copy(), axis=0)[..., None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from . import random
 from .backends import get_backend
 from .data.checks import check_codes, check_X, not_finite
-from .data.encoding import TableEncoder
+from .data.encoding import Encoded, TableEncoder
 from .data.scaling import standardization
 from .initializers import get_initializer
 from .layers import Embedding
@@ -57,6 +58,7 @@ class Network:
         statistics: name → running mean and variance of batch normalisation, (models, units).
         loss: the loss that predictions are read by; ``Trainer`` sets it, a name may be assigned.
         classes: the labels that outputs stand for, or None for 0, 1, ...
+        encoder: what makes numbers of tables, or None; may be assigned.
         feature_names, target_names: of the columns of X and y, where somebody set them; kept in the model's file.
 
     Raises:
@@ -97,17 +99,16 @@ class Network:
         self.standardize, self.standardize_targets = STANDARDIZE[standardize], bool(standardize_targets)
         self.seeds, self.streams = self._seeds(seed)
         self.steps = np.zeros(self.models, np.int64)  # updates made to each model
-        self.encoder = encoder
         if encoder is not None:
             architecture, n_features = _for_tables(encoder, architecture, n_features)
         self.places = arrange(*graph(architecture, n_features, input_dropout), self.models)
         # Of each column of codes, which stand last in X, how many there are.
         self.code_sizes: tuple[int, ...] = sum((p.layer.sizes for p in self.places if p.is_embedding), ())
-        self._check_encoder()
         self._limits = [
             (f"{p.name}.W", p.layer.max_norm) for p in self.places if p.is_dense and p.layer.max_norm is not None
         ]
         self.n_features, self.n_outputs = self.places[0].units, self.places[-1].units
+        self.encoder = encoder
         self._allocate()
         self.initialize()
         self.feature_names: list[str] | None = None if encoder is None else encoder.feature_names
@@ -128,17 +129,6 @@ class Network:
         for one in seed:
             random.check_seed(one)
         return np.array([int(one) for one in seed], np.uint64), np.zeros(self.models, np.int64)
-
-    def _check_encoder(self) -> None:
-        encoder = self.encoder
-        if encoder is None:
-            return
-        made = (encoder.n_features, tuple(encoder.code_sizes))
-        if made != (self.places[0].units, self.code_sizes):
-            raise ValueError(
-                f"the encoder makes {made[0]} columns, with codes of sizes {list(made[1])} at their end; the network takes "
-                f"{self.places[0].units}, with codes of sizes {list(self.code_sizes)}"
-            )
 
     def _allocate(self) -> None:
         offsets, end, self.n_weights = {}, 0, 0
@@ -263,12 +253,18 @@ class Network:
             TypeError, ValueError: as ``gpumlp.data.checks.check_X``, or as ``TableEncoder.transform``; an array on a device
                 that the network is not on; a code that no column has.
         """
+        if isinstance(X, Encoded):
+            return X.X
         if self.encoder is not None:
-            return self.encoder.transform(X)
-        there = self.backend.adopt(X)
+            try:
+                return self.encoder.transform(X)
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(str(error) if name == "X" else f"{name}: {error}") from error
+        there, first = self.backend.adopt(X), self.n_features - len(self.code_sizes)
         if there is None:
             X = check_X(X, self.n_features, name=name, dtype=self.dtype)
-            check_codes(X, self.code_sizes, name)
+            check_codes(X[:, first:], self.code_sizes, first, name)
             return X
         if there.ndim != 2 or there.shape[1] != self.n_features or not len(there):
             raise ValueError(
@@ -280,6 +276,8 @@ class Network:
         if at is not None:
             row, column = divmod(at, self.n_features)
             raise not_finite(there[row, column : column + 1].get()[0], f"{name}[{row}, {column}]", self.dtype)
+        if self.code_sizes:
+            check_codes(there[:, first:].get(), self.code_sizes, first, name)
         return there
 
     def _like(self, values: np.ndarray, X: Any) -> Any:
@@ -365,6 +363,22 @@ class Network:
         )
 
     # --- prediction
+
+    @property
+    def encoder(self) -> TableEncoder | None:
+        return self._encoder
+
+    @encoder.setter
+    def encoder(self, encoder: TableEncoder | None) -> None:
+        """A copy is kept: what becomes of the encoder later changes no network."""
+        if encoder is not None:
+            made = (encoder.n_features, tuple(encoder.code_sizes))
+            if made != (self.n_features, self.code_sizes):
+                raise ValueError(
+                    f"the encoder makes {made[0]} columns, with codes of sizes {list(made[1])} at their end; the network "
+                    f"takes {self.n_features}, with codes of sizes {list(self.code_sizes)}"
+                )
+        self._encoder = copy(encoder)
 
     @property
     def classes(self) -> np.ndarray | None:

@@ -18,7 +18,9 @@ from .augment import GaussianNoise, Mixup, RandomShift
 from .callbacks import CSVLogger, EarlyStopping
 from .commands import Result, figures, measure, naming
 from .data import Dataset, TableEncoder, encode_labels, load, load_table, split_indices
-from .data.cells import all_numbers
+from .data.checks import check_X
+from .data.encoding import Encoded
+from .data.frames import all_numbers
 from .data.readers import is_table_file
 from .layers import Dense, Embedding
 from .losses import LOSSES, Loss
@@ -70,7 +72,6 @@ def train(options: argparse.Namespace) -> Result:
     network.classes = data.classes
     test = measure(trainer, *parts.test)
     predicted = network.predict(parts.test[0])
-    network.encoder = parts.encoder  # from here on the network takes raw rows
     files = _write(options, network, data, history, parts, predicted)
     result = {
         "data": data.name,
@@ -92,6 +93,7 @@ def train(options: argparse.Namespace) -> Result:
 # What a flag that was not given stands for; a table's training ends by itself.
 DEFAULTS = {"hidden": [128], "dropout": 0.0, "epochs": 20, "batch_size": 64, "patience": 0}
 TABLE_DEFAULTS = {"hidden": [256], "epochs": 100, "patience": 8}
+FEWEST_ROWS = 50  # of a table, of which some can be held out to stop by
 STEPS_AN_EPOCH = 50  # about so many for a small table; batches have 16 to 256 rows
 
 
@@ -103,6 +105,8 @@ def _choose_defaults(options: argparse.Namespace, data: Dataset) -> None:
         # Dropout blurs what a regression is to hit, and helps a classification.
         dropout = 0.0 if data.classes is None else 0.2
         defaults = TABLE_DEFAULTS | {"dropout": dropout, "batch_size": int(np.clip(rows, 16, 256))}
+        if len(data.y) < FEWEST_ROWS:
+            defaults["patience"] = 0
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -119,13 +123,13 @@ def _choose_defaults(options: argparse.Namespace, data: Dataset) -> None:
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows to train on, to choose the epoch by, and to judge by: each X and y."""
+    """Rows to train on, to choose the epoch by, and to judge by: each X, of a table encoded, and y."""
 
     train: tuple[Any, np.ndarray]
     validation: tuple[Any, np.ndarray] | None
     test: tuple[Any, np.ndarray]
-    encoder: TableEncoder | None = None  # of a table, whose X are encoded here
-    raw_test: np.ndarray | None = None  # the test rows as the network takes them in the end, where they are numbers
+    encoder: TableEncoder | None = None
+    raw_test: np.ndarray | None = None  # of numbers: the test rows before they were encoded
 
 
 def _parts(options: argparse.Namespace, data: Dataset) -> Parts:
@@ -146,12 +150,16 @@ def _parts(options: argparse.Namespace, data: Dataset) -> Parts:
         with naming(options.data):
             encoder = _encoder(options).fit(data.X, rows=kept)  # what is held out is not learned from
             X = encoder.transform(data.X)
-    judged = (data.X_test, data.y_test) if test is None else (X[test], y[test])
-    validation = None if held is None else (X[held], y[held])
+
+    def part(rows: np.ndarray | None) -> Any:
+        return None if rows is None else (X[rows] if encoder is None else Encoded(X[rows]), y[rows])
+
+    judged: Any = (data.X_test, data.y_test) if test is None else part(test)
     raw = judged[0]
     if options.boundary and encoder is not None:
-        raw = all_numbers(data.X)[test]
-    return Parts((X[kept], y[kept]), validation, judged, encoder, raw)  # type: ignore[arg-type]
+        with naming(options.data):
+            raw = check_X(all_numbers(data.X)[test], name="--boundary: the test rows")
+    return Parts(part(kept), part(held), judged, encoder, raw)
 
 
 def _encoder(options: argparse.Namespace) -> TableEncoder:
@@ -213,7 +221,8 @@ def _network(options: argparse.Namespace, data: Dataset, parts: Parts) -> tuple[
     ]
     network = Network(
         [*vectors, *hidden, Dense(outputs)],
-        n_features=parts.train[0].shape[1],
+        n_features=data.X.shape[1] if parts.encoder is None else None,
+        encoder=parts.encoder,
         seed=options.seed,
         device=options.device,
         precision=options.precision,

@@ -136,6 +136,33 @@ def test_flags_of_tables(capsys, shop, flags):
     assert code == 0 and run(capsys, "evaluate", "shop.safetensors", shop)[0] == 0
 
 
+def test_parquets_own_types_are_those_of_csv(capsys, here):
+    pa = pytest.importorskip("pyarrow", reason="the extra parquet")
+    from decimal import Decimal
+
+    import pyarrow.parquet as parquet
+
+    n = 60
+    x, yes = [float(i) for i in range(n)], [i % 2 == 0 for i in range(n)]
+    parquet.write_table(
+        pa.table({"x": x, "yes": yes, "cost": [Decimal(f"{i}.5") for i in range(n)]}), here / "t.parquet"
+    )
+    write(here / "t.csv", ["x", "yes", "cost"], [[a, b, f"{int(a)}.5"] for a, b in zip(x, yes, strict=True)])
+    for target in ("yes", "cost"):
+        assert run(capsys, "train", "t.parquet", "--target", target, "--epochs", 2, "--quiet")[0] == 0
+        for path in ("t.parquet", "t.csv"):
+            code, _, err = run(capsys, "evaluate", "t.safetensors", path)
+            assert code == 0, err
+    with pytest.raises(ValueError, match=r"unknown ending; allowed are .*; load_table reads it"):
+        gm.data.load(here / "t.parquet", target="yes")
+
+
+def test_a_handful_of_rows(capsys, here):
+    path = write(here / "few.csv", ["x", "y"], [[i, "ab"[i % 2]] for i in range(8)])
+    code, out, err = run(capsys, "train", path, "--target", "y", "--epochs", 2, "--quiet")
+    assert code == 0 and "2 epochs" in out, err
+
+
 def test_a_boundary_over_a_table_of_numbers(capsys, here):
     pytest.importorskip("matplotlib", reason="the extra plot")
     rng = np.random.default_rng(0)
@@ -159,6 +186,11 @@ def test_a_boundary_over_a_table_of_numbers(capsys, here):
         (["shop.csv", "--target", "outcome", "--embedding-size", "3", "--one-hot-limit", "999"], "there are none"),
         (["shop.csv", "--target", "age"], 'shop.csv, line 2, column "age": the cell is empty'),
         (["shop.csv"], "which column is the target? Name it with target"),
+        (["gaps.csv", "--target", "y", "--boundary", "b.png"], "--boundary: the test rows[0, 0] is nan"),
+        (
+            ["unknown.csv", "--target", "y"],
+            "unknown.csv, line 3, column \"y\": the cell is '?', nothing known; drop the row",
+        ),
         (["wrong.csv", "--target", "y"], 'wrong.csv: column "x", row 1: inf is infinite; correct the cell'),
     ],
 )
@@ -167,6 +199,8 @@ def test_what_is_refused(capsys, here, arguments, message):
     rows[0][0] = ""
     write(here / "shop.csv", header, rows)
     write(here / "wrong.csv", ["x", "y"], [["1", "a"], ["inf", "b"], ["2", "a"], ["3", "b"]] * 3)
+    write(here / "gaps.csv", ["a", "b", "y"], [["", i, "uv"[i % 2]] for i in range(90)])
+    write(here / "unknown.csv", ["x", "y"], [["1", "a"], ["2", "?"]])
     code, out, err = run(capsys, "train", *arguments)
     assert code == 2 and message in err and not out and not list(here.glob("*.safetensors"))
 

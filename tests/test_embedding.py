@@ -84,6 +84,18 @@ def test_files_and_copies(tmp_path):
         assert again.code_sizes == SIZES
 
 
+def test_a_training_goes_on_with_the_same_bits(tmp_path):
+    X, y = rows()
+    options = {"epochs": 4, "batch_size": 16, "progress": False}
+    whole = gm.Trainer(network(), "softmax_cross_entropy")
+    whole.fit(X, y, **options)
+    first = gm.Trainer(network(), "softmax_cross_entropy")
+    first.fit(X, y, **options | {"epochs": 2}, callbacks=[gm.Checkpoint(tmp_path)])
+    second = gm.Trainer(network(), "softmax_cross_entropy")
+    second.fit(X, y, **options, callbacks=[gm.Checkpoint(tmp_path)], resume=tmp_path)
+    np.testing.assert_array_equal(second.network.flat, whole.network.flat)
+
+
 def test_in_a_graph():
     x = gm.Input(4)
     seen = gm.Embedding(SIZES, units=2)(x)
@@ -210,3 +222,25 @@ def test_a_loop_of_ones_own_over_a_table():
 def test_encoders_that_do_not_fit(build, error, message):
     with pytest.raises(error, match=message):
         build(TableEncoder(one_hot_limit=3).fit(TABLE))
+
+
+def test_a_network_keeps_the_encoder_as_it_was(tmp_path):
+    encoder = TableEncoder(one_hot_limit=3).fit(TABLE)
+    net = gm.Network([gm.Dense(2)], encoder=encoder)
+    before = net.logits(TABLE)
+    encoder.fit({"age": [1.0, 2.0], "city": ["x", "y"], "member": [True, False]})
+    np.testing.assert_array_equal(net.logits(TABLE), before)
+    with pytest.raises(ValueError, match="the encoder makes 5 columns"):
+        net.encoder = encoder
+    net.save(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(gm.load(tmp_path / "model.safetensors").logits(TABLE), before)
+
+
+def test_a_network_over_tables_explains_itself():
+    net = gm.Network([gm.Dense(6, "tanh"), gm.Dense(2)], encoder=TableEncoder(one_hot_limit=3).fit(TABLE), seed=1)
+    gm.Trainer(net, "softmax_cross_entropy").fit(TABLE, BOUGHT, epochs=2, progress=False)
+    assert "dense_0" in str(net.diagnose(TABLE, BOUGHT))
+    assert max(net.gradient_check(TABLE, BOUGHT).values()) < 1e-5
+    with pytest.raises(ValueError, match="validation X: the table lacks the columns 'city'"):
+        rest = {name: cells for name, cells in TABLE.items() if name != "city"}
+        gm.Trainer(net, "softmax_cross_entropy").fit(TABLE, BOUGHT, validation_data=(rest, BOUGHT))

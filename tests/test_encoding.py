@@ -586,3 +586,32 @@ def test_real_adult():
     coded = fitted(train, one_hot_limit=20)
     assert coded.code_names == ["native-country"] and coded.code_sizes == [43]
     assert coded.transform(train)[:, -1].min() == 1
+
+
+def test_whole_numbers_are_one_category_in_every_writing():
+    encoder = fitted({"c": [1.0, 2.0, NAN, 30.0]}, categorical_features=["c"])
+    assert encoder.columns[0].words == ("1", "2", "30")
+    for cells in ([1, 2, None, 30], ["1", "2.0", "", "30.000"], [1.0, 2, "?", np.int8(30)]):
+        assert encoder.transform({"c": cells}).tolist() == np.eye(4)[[0, 1, 3, 2]].tolist()
+    assert fitted({"c": ["1.50", "-4.0", "v1.0", "007"]}).columns[0].words == ("-4", "007", "1.50", "v1.0")
+
+
+def test_large_integers_stay_apart():
+    large = [2**60 + i for i in range(3)]
+    pd = pytest.importorskip("pandas")
+    for cells in (pd.array(large, dtype="Int64"), pd.array([*large, None], dtype="Int64")):
+        encoder = fitted(pd.DataFrame({"id": cells}), categorical_features=["id"])
+        assert encoder.columns[0].words == tuple(map(str, large))
+    pa = pytest.importorskip("pyarrow")
+    encoder = fitted(pa.table({"id": [*large, None]}), categorical_features=["id"])
+    assert encoder.columns[0].words == tuple(map(str, large)) and encoder.columns[0].missing == 1
+    numbers = fitted(pd.DataFrame({"n": pd.array([1, None, 3], dtype="Int64")}), scaling=None)
+    assert numbers.transform(pd.DataFrame({"n": pd.array([None, 5], dtype="Int64")})).tolist() == [[2, 1], [5, 0]]
+
+
+def test_cells_without_a_text_of_their_own_are_refused():
+    with pytest.raises(
+        TypeError, match='column "x" holds cells of type object; a cell must be a number, a text or a bool'
+    ):
+        fitted({"x": [object(), object()]})
+    assert fitted({"x": [Decimal("sNaN"), Decimal(2)]}).columns[0].missing == 1

@@ -236,6 +236,67 @@ def test_a_fit_that_fails_leaves_the_estimator_as_it_was(cls):
     np.testing.assert_array_equal(model.predict(table), before)
 
 
+def test_a_first_fit_that_fails_leaves_nothing():
+    from sklearn.exceptions import NotFittedError
+
+    table, _, sold = homes(60)
+    model = small()
+    with pytest.raises(ValueError, match="is infinite"):
+        model.fit(table.assign(size=np.inf), sold)
+    with pytest.raises(NotFittedError):
+        model.predict(table)
+
+
+def test_a_scorer_of_ones_own_sees_the_table():
+    table, _, sold = homes(200)
+    seen = []
+
+    def scorer(estimator, X, y):
+        seen.append((type(X), list(X), len(X), len(y)))
+        return (estimator.predict(X) == y).mean()
+
+    model = small(max_iter=3, early_stopping=True, scoring=scorer).fit(table, sold)
+    assert seen == [(pd.DataFrame, list(table), 20, 20)] * 3 and len(model.validation_scores_) == 3
+    model.fit(table, sold, X_val=table[:50], y_val=sold[:50])
+    assert seen[-1][2:] == (50, 50)
+
+
+def test_columns_of_numbers_in_a_dict():
+    numbers = {"a": [1.0, 2.0, 3.0, 4.0] * 10, "b": list(range(40))}
+    model = small(MLPRegressor, max_iter=2).fit(numbers, numbers["a"])
+    assert model.encoder_.scaling is None and model.feature_names_in_.tolist() == ["a", "b"]
+    array = small(MLPRegressor, max_iter=2, standardize_targets=True).fit(
+        np.array(list(numbers.values())).T, numbers["a"]
+    )
+    np.testing.assert_allclose(model.predict(numbers), array.predict(np.array(list(numbers.values())).T), rtol=1e-6)
+
+
+def test_a_file_read_as_a_table(tmp_path):
+    table, _, sold = homes(80)
+    table.assign(sold=sold).to_csv(tmp_path / "homes.csv", index=False)
+    data = gm.data.load_table(tmp_path / "homes.csv", target="sold")
+    ours = small(max_iter=2).fit(data.X, data.classes[data.y])
+    np.testing.assert_array_equal(ours.predict_proba(data.X), small(max_iter=2).fit(table, sold).predict_proba(table))
+
+
+def test_while_it_is_fitted_a_network_takes_tables(tmp_path):
+    table, _, sold = homes(80)
+
+    class Saves(gm.Callback):
+        def on_epoch_end(self, trainer, record):
+            trainer.network.save(tmp_path / "model.safetensors")
+            assert np.isfinite(model.predict_proba(table)).all()
+
+    model = small(max_iter=2, callbacks=[Saves()])
+    model.fit(table, sold)
+    np.testing.assert_allclose(gm.load(tmp_path / "model.safetensors").logits(table), model.network_.logits(table))
+
+
+def test_lbfgs_computes_in_float64():
+    table, price, _ = homes(80)
+    assert small(MLPRegressor, solver="lbfgs", max_iter=2).fit(table, price).network_.dtype == np.float64
+
+
 def test_bools_among_numbers_are_numbers():
     X = np.random.default_rng(0).normal(size=(60, 3))
     X[:, 1] = X[:, 1] > 0

@@ -395,6 +395,16 @@ def test_codes_of_categories(precision, models, tolerances, backend):
     np.testing.assert_allclose(device.network.logits(X), host.network.logits(X), atol=0.05 if tolerances else 1e-4)
 
 
+def test_a_code_that_is_none_is_refused_on_the_device_too(backend):
+    layers = [gm.Embedding(CODES, units=3), gm.Dense(CLASSES)]
+    net = gm.Network(layers, n_features=FEATURES + 2, device=backend)
+    X, _ = coded()
+    X = X.astype(np.float32)
+    X[5, -1] = 200
+    with pytest.raises(ValueError, match="X holds 200 at row 5, column 7, a column of codes"):
+        net.predict(ForeignArray(on_device(backend.runtime, X)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 60, 61, 1000])
 def test_batches_of_any_size(batch_size, backend):
     """The last of one row, of all but one, alone; batch normalisation in each."""

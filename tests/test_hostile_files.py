@@ -197,6 +197,21 @@ def tar(model):
     return found.getvalue()
 
 
+def many_words(model):
+    """As many categories as a file may have, of letters that take four bytes each, and a network of another width."""
+    words = "".join(map(chr, range(0x10000, 0x10000 + (1 << 18)))).encode()
+    ends = np.arange(4, len(words) + 1, 4, dtype=np.int64)
+
+    def change(config, tensors):
+        for name in [name for name in tensors if name.startswith("encoder.")]:
+            del tensors[name]
+        tensors.update({"encoder.words": np.frombuffer(words, np.uint8), "encoder.word_ends": ends})
+        column = {"kind": "one-hot", "name": "c", "missing": 0, "words": len(ends)}
+        config["encoder"].update(columns=[column], n_word_bytes=len(words), n_quantiles=0)
+
+    return forged(change)(small_table_model())
+
+
 def million_tensors(model):
     entry = b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     return joined(b"{" + b",".join(b'"%d' % i + entry for i in range(1_000_000)) + b"}")
@@ -367,6 +382,7 @@ CONTENTS = {  # what is in the file, given a good model, and what is said about 
     "words that go backwards": (tabled(lambda e, t: t["encoder.word_ends"].__setitem__(0, -5)), "do not divide"),
     "words that are no text": (tabled(lambda e, t: t["encoder.words"].fill(0xFF)), "UnicodeDecodeError"),
     "words out of order": (tabled(lambda e, t: t["encoder.words"].__setitem__(0, 0x7E)), "not in ascending order"),
+    "a quarter of a million categories": (many_words, "the encoder makes 262144 columns|its tensors are not those"),
     # other formats
     "pickle": (lambda model: pickle.dumps(Payload()), CUT),
     "pickle of protocol 0": (lambda model: pickle.dumps(Payload(), 0), CUT),

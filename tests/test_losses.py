@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpumlp.data.checks import TARGET_KINDS
-from gpumlp.losses import LOSSES, Loss, LossRow, get_loss, output_values, weighted_mean
+from gpumlp.losses import LOSSES, Loss, LossRow, get_loss, output_values, over_outputs, weighted_mean
 from gpumlp.metrics import METRICS
 
 MODELS, BATCH, OUTPUTS = 2, 5, 3
@@ -441,3 +441,14 @@ def test_a_short_batch_of_a_fleet_is_no_contiguous_array():
         row.f(z[:, :5], y, dz[:, :5]), row.f(z[:, :5].copy(), y, expected := np.empty((3, 5, 4)))
     )
     np.testing.assert_array_equal(dz[:, :5], expected)
+
+
+@pytest.mark.parametrize("outputs", [2, 9, 20, 33])
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_sums_over_outputs_are_the_same_alone_and_in_a_fleet(rows, outputs):
+    z = np.random.default_rng(0).normal(size=(3, rows, outputs)).astype(np.float32)
+    for ufunc in (np.add, np.maximum):
+        together = over_outputs(ufunc, z)
+        np.testing.assert_allclose(together[..., 0], ufunc.reduce(z, axis=-1), atol=1e-5)
+        for i in range(3):
+            np.testing.assert_array_equal(over_outputs(ufunc, z[i : i + 1]), together[i : i + 1])

@@ -59,16 +59,15 @@ def check_X(X: Any, n_features: int | None = None, name: str = "X", dtype: DType
     return array
 
 
-def check_codes(X: np.ndarray, sizes: Sequence[int], name: str = "X") -> None:
-    """Raise ValueError unless the last columns of a checked X hold whole numbers from 0 to below ``sizes``."""
-    first = X.shape[1] - len(sizes)
-    for column, size in enumerate(sizes, start=first):
-        codes = X[:, column]
-        wrong = (codes < 0) | (codes >= size) | (codes != np.floor(codes))
+def check_codes(codes: np.ndarray, sizes: Sequence[int], first: int, name: str = "X") -> None:
+    """Raise ValueError unless ``codes``, a checked X's columns from ``first`` on, are whole numbers below ``sizes``."""
+    for column, size in enumerate(sizes):
+        values = codes[:, column]
+        wrong = (values < 0) | (values >= size) | (values != np.floor(values))
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(
-                f"{name} holds {codes[row]:g} at row {row}, column {column}, a column of codes; "
+                f"{name} holds {values[row]:g} at row {row}, column {first + column}, a column of codes; "
                 f"they are whole numbers from 0 to {size - 1}"
             )
 

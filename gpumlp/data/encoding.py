@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .cells import LARGEST, Cells, all_cells, factorize, is_category, label_of, listed, numbers_of, open_table
+from .cells import LARGEST, Cells, factorize, is_category, label_of, listed, numbers_of
+from .frames import all_cells, open_table
 from .table import is_number
 
-MAX_CATEGORIES = 1 << 19  # of all columns together
+MAX_CATEGORIES = 1 << 18  # of all columns together: their texts take 40 MB while a file is read
 MAX_QUANTILES = 1000
 PIECES = 64  # of the range of a number, at most
 IMPUTATIONS = ("median", "mean")
@@ -22,6 +23,17 @@ SCALINGS = (None, "standard", "robust", "quantile", "piecewise")
 OPTIONS = ("categorical_features", "one_hot_limit", "impute", "scaling")
 TINY = float(np.finfo(np.float32).tiny)  # a spread below this is none: 1/spread would overflow float32
 ROUNDING = 1e-12  # nor is one below this part of the values: that is float64's rounding of the sums
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Rows that went through an encoder already: a network that takes tables takes these as they are.
+
+    Fields:
+        X: (n, n_features) float32, as `TableEncoder.transform` gave it.
+    """
+
+    X: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +149,7 @@ class TableEncoder:
         Raises:
             TypeError: not a table, or cells that are lists, dates or complex numbers.
             ValueError: no rows or columns, names that repeat, columns of different lengths, a number that is infinite
-                or beyond float32, a number column with other text in it, more than a million categories; the message
+                or beyond float32, a number column with other text in it, more than 262,144 categories; the message
                 names the column, and the row where there is one (from 0).
         """
         names, raw = open_table(table)
@@ -244,7 +256,8 @@ class TableEncoder:
             line += f"; {_counted(column.missing, 'missing cell')}, a category of their own"
         others = [word for word in column.words if not is_number(word)]
         if 0 < len(others) < len(column.words) / 2:  # perhaps a slip in a column of numbers
-            line += f"; all but {len(others):,} of them are numbers ({listed(others, 3)} is not)"
+            which = f"{listed(others, 3)} {'is' if len(others) == 1 else 'are'} not"
+            line += f"; all but {len(others):,} of them are numbers ({which})"
         return line
 
     # as plain data

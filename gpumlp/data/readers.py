@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def load(source: str | os.PathLike[str], *, target: str | None = None, task: str
         return _load_npz(path, task)
     if is_idx_name(path):
         raise ValueError(f"{path} is one file of an IDX set; pass its folder, {path.parent}")
-    raise ValueError(f"{path} has an unknown ending; allowed are {FORMATS}")
+    hint = "; load_table reads it" if is_table_file(path) else ""
+    raise ValueError(f"{path} has an unknown ending; allowed are {FORMATS}{hint}")
 
 
 def is_table_file(path: str | os.PathLike[str]) -> bool:
@@ -93,7 +95,7 @@ def load_table(path: str | os.PathLike[str], *, target: str | None, task: str | 
         targets = _target_names(table.column_names, target, task, path)
         X = table.drop_columns(targets)
         features, y = X.column_names, _target_columns(table, targets, path)
-    task, y, classes = _targets(y, len(y), task, "y")
+    task, y, classes = _targets(y, len(y), task, f"{path}: target")
     return Dataset(_stem(path), X, y, task, classes=classes, feature_names=features, target_names=targets)
 
 
@@ -269,7 +271,12 @@ def _target_columns(table: Any, targets: list[str], path: Path) -> np.ndarray:
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f'{path}, row {row}, column "{name}": the cell is empty; drop the row')
-        columns.append(np.array(column.to_pylist()))
+        values = column.to_pylist()
+        if isinstance(values[0], bool):  # as a CSV file has them
+            values = [str(value) for value in values]
+        elif isinstance(values[0], Decimal):
+            values = [float(value) for value in values]
+        columns.append(np.array(values))
     return columns[0] if len(columns) == 1 else np.column_stack(columns)
 
 

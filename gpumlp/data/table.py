@@ -13,6 +13,7 @@ import numpy as np
 
 from .compressed import DAMAGED, open_bytes
 
+MISSING = ("", "?")  # texts, without surrounding spaces, that stand for a missing cell
 BLOCK_CELLS = 1 << 18  # cells held as text at a time
 
 
@@ -80,7 +81,7 @@ def read_table(path: Path, numbers: Sequence[str], text: Sequence[str] = ()) -> 
 def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, column: str, path: Path) -> np.ndarray:
     """Return the cells of a column as (n,) float64 that float32 can hold; `lines` says where each stands."""
     try:
-        values = np.fromiter(map(_number, cells), np.float64, len(cells))
+        values = np.fromiter(map(number_of, cells), np.float64, len(cells))
     except ValueError:
         row = next(row for row, cell in enumerate(cells) if not is_number(cell))
         fault = f"{cells[row]!r} is not a number; encode or drop the column"
@@ -96,11 +97,15 @@ def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, colum
 
 
 def require_words(table: Table, column: str, path: Path) -> list[str]:
-    """The cells of a text column, none of which may be empty. Raises ValueError naming the line."""
+    """The cells of a text column, none of which may be missing. Raises ValueError naming the line."""
     words = table.text[column]
-    if "" in words:
-        line = table.lines[words.index("")]
-        raise ValueError(f'{path}, line {line}, column "{column}": the cell is empty; drop the row')
+    for missing in MISSING:
+        if missing in words:
+            line, fault = (
+                table.lines[words.index(missing)],
+                "is empty" if not missing else f"is {missing!r}, nothing known",
+            )
+            raise ValueError(f'{path}, line {line}, column "{column}": the cell {fault}; drop the row')
     return words
 
 
@@ -120,7 +125,7 @@ def read_parquet(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _number(cell: str) -> float:
+def number_of(cell: str) -> float:
     if "_" in cell:  # Python's own writing, which no table means as a number
         raise ValueError(cell)
     return float(cell)
@@ -128,7 +133,7 @@ def _number(cell: str) -> float:
 
 def is_number(cell: str) -> bool:
     try:
-        _number(cell)
+        number_of(cell)
     except ValueError:
         return False
     return True

@@ -42,8 +42,11 @@ def evaluate(options: argparse.Namespace) -> Result:
     task = "classification" if network.loss.row.is_classifier else "regression"
     if network.encoder is not None and not is_table_file(options.data):
         raise ValueError(f"{options.model} was trained on a table; give a file that is one: .csv, .csv.gz or .parquet")
-    read = load if network.encoder is None else load_table
-    data = read(options.data, target=target if is_table_file(options.data) else options.target, task=task)
+    names = target if is_table_file(options.data) else options.target
+    if network.encoder is None:
+        data = load(options.data, target=names, task=task)
+    else:
+        data = load_table(options.data, target=names, task=task, as_text=network.encoder.category_names)
     X, y = data.X, data.y
     if data.X_test is not None and data.y_test is not None:
         X, y = data.X_test, data.y_test
@@ -92,7 +95,7 @@ def predict(options: argparse.Namespace) -> Result:
     if network.encoder is None:
         X, _ = read_rows(options.rows, network.feature_names)
     else:
-        X = _encoded(network, read_columns(options.rows), options.rows)
+        X = _encoded(network, read_columns(options.rows, network.encoder.category_names), options.rows)
     if options.proba:
         if network.loss is None or not network.loss.row.is_classifier:
             raise ValueError(f"--proba needs a model over classes; {options.model} predicts values")

@@ -75,7 +75,8 @@ def from_bytes(data: bytes, path: Any = "model bytes", device: str = "auto") -> 
         for name in SCALINGS:
             setattr(network, name, tensors.get(f"{network.places[0].name}.{name}"))
         network.classes = None if config["classes"] is None else np.array(config["classes"])
-        network.feature_names, network.target_names = config["feature_names"], config["target_names"]
+        network.target_names = config["target_names"]
+        network.feature_names = config["feature_names"] or _encoder_names(network)
         network.loss = _loss(config["loss"], network.models, network.n_outputs)
         return network
 
@@ -100,11 +101,15 @@ def describe(network: Network) -> dict[str, Any]:
         "standardize_targets": network.standardize_targets,
         "scaled": [name for name in SCALINGS if getattr(network, name) is not None],
         "classes": None if network.classes is None else network.classes.tolist(),
-        "feature_names": network.feature_names,
+        "feature_names": None if network.feature_names == _encoder_names(network) else network.feature_names,
         "target_names": network.target_names,
         "encoder": None if network.encoder is None else network.encoder.describe(),
         "loss": None if network.loss is None else network.loss.describe(),
     }
+
+
+def _encoder_names(network: Network) -> list[str] | None:
+    return None if network.encoder is None else network.encoder.feature_names
 
 
 def _describe_layer(place: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .data.checks import check_X
 from .data.encoding import Encoded
 from .data.frames import all_numbers
 from .data.readers import is_table_file
+from .files import to_bytes
 from .layers import Dense, Embedding
 from .losses import LOSSES, Loss
 from .network import Network
@@ -36,8 +37,10 @@ def train(options: argparse.Namespace) -> Result:
     Of a table (CSV, Parquet) all that a flag could say is inferred: what each column is, how it becomes numbers, and when
     training has to end. The model's file then takes raw rows.
     """
-    read = load_table if is_table_file(options.data) else load
-    data = read(options.data, target=options.target, task=options.task)
+    if is_table_file(options.data):
+        data = load_table(options.data, target=options.target, task=options.task, as_text=_categorical(options) or ())
+    else:
+        data = load(options.data, target=options.target, task=options.task)
     _choose_defaults(options, data)
     _check_outputs(options, data)  # before hours of training, not after
     parts = _parts(options, data)
@@ -55,6 +58,8 @@ def train(options: argparse.Namespace) -> Result:
     augment = _augmentation(options, data)
     trainer = Trainer(network, loss, _optimizer(options), schedule=schedule, augment=augment, ema=options.ema)
     _say(options, network.summary())
+    if options.output:
+        to_bytes(network)  # what a file cannot hold is said before hours of training, too
     callbacks: list[Any] = [CSVLogger(options.log)] if options.log else []
     if options.patience:
         callbacks.append(EarlyStopping(options.patience))
@@ -78,7 +83,7 @@ def train(options: argparse.Namespace) -> Result:
         "task": data.task,
         "parameters": network.n_parameters,
         "device": network.device_reason,
-        "columns": None if parts.encoder is None else parts.encoder.describe()["columns"],
+        "columns": None if parts.encoder is None else parts.encoder.facts(),
         "epochs": len(history.get("epoch", [])),
         "seconds": history["seconds"][-1] if history else None,
         "stopped": trainer.stopped,
@@ -167,8 +172,12 @@ def _encoder(options: argparse.Namespace) -> TableEncoder:
     if options.scaling is not None:
         given["scaling"] = None if options.scaling == "none" else options.scaling
     if options.categorical is not None:
-        given["categorical_features"] = [name for name in options.categorical.split(",") if name] or None
+        given["categorical_features"] = _categorical(options)
     return TableEncoder(**given)
+
+
+def _categorical(options: argparse.Namespace) -> list[str] | None:
+    return [name for name in (options.categorical or "").split(",") if name] or None
 
 
 def _features(data: Dataset) -> int:

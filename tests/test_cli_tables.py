@@ -89,7 +89,7 @@ def test_a_regression_over_a_table(capsys, here):
     code, out, _ = run(capsys, "train", path, "--target", "price", "--json", "--quiet")
     found = json.loads(out)
     assert code == 0 and found["test"]["r2"] > 0.97 and found["columns"][0] == {
-        "kind": "one-hot", "name": "kind", "missing": 0, "words": 3,
+        "kind": "one-hot", "name": "kind", "missing": 0, "categories": 3,
     }  # fmt: skip
     code, out, _ = run(capsys, "predict", "homes.safetensors", path)
     assert np.abs(np.array(out.split()[1:], float) - price).mean() < 0.1 * price.std()  # in the units of the target

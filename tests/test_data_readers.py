@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpumlp.data import Dataset, load, read_idx, read_rows
+from gpumlp.data import Dataset, load, load_table, read_columns, read_idx, read_rows
 from gpumlp.data.readers import infer_task
 from gpumlp.data.table import BLOCK_CELLS
 
@@ -347,6 +347,22 @@ def test_csv_quoted_line_breaks_keep_line_numbers_right(tmp_path):
     path = csv(tmp_path, '"a', 'b",kind', '1,"x', 'y"', "", "oops,z")
     with pytest.raises(ValueError, match=r"line 6, column \"a\nb\": 'oops' is not a number"):
         load(path, target="kind")
+
+
+def test_csv_columns_of_every_kind(tmp_path):
+    path = csv(tmp_path, "n,c,gaps,zip,flag,none", "1,a,,007,True,", "2.5,?, 3 ,010,False,?", "-1e3,b,?,7,True,")
+    for as_text in ((), ("zip",)):
+        columns = read_columns(path, as_text)
+        assert list(columns) == ["n", "c", "gaps", "zip", "flag", "none"]
+        assert columns["n"].tolist() == [1, 2.5, -1000] and columns["c"] == ["a", "?", "b"]
+        np.testing.assert_array_equal(columns["gaps"], [np.nan, 3, np.nan])
+        assert columns["flag"] == ["True", "False", "True"] and np.isnan(columns["none"]).all()
+        zips = columns["zip"]
+        assert zips == ["007", "010", "7"] if as_text else zips.tolist() == [7, 10, 7]
+    data = load_table(path, target="flag", as_text=["zip"])
+    assert data.classes.tolist() == ["False", "True"] and data.X["zip"] == ["007", "010", "7"] and "flag" not in data.X
+    with pytest.raises(ValueError, match="has a header but no rows"):
+        read_columns(csv(tmp_path, "a,b"))
 
 
 # CSV: what is refused

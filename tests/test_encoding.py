@@ -444,12 +444,14 @@ def test_only_numbers_or_only_categories_have_no_empty_arrays():
 def test_wrong_configurations():
     encoder = fitted(PEOPLE, scaling="quantile")
     config, tensors = encoder.describe(), encoder.tensors()
-    entries = config["columns"]
+    assert config["kinds"] == "noon" and config["words"] == [2, 2]
     for change in (
-        *({"columns": value} for value in (3, [], [3], [{}], [{**entries[0], "kind": "x"}, *entries[1:]])),
-        *({"columns": [{**entries[0], "name": value}, *entries[1:]]} for value in (None, 3)),
-        *({"columns": [{**entries[0], "missing": value}, *entries[1:]]} for value in (-1, True, 0.5, None)),
-        *({"columns": [entries[0], {**entries[1], "words": value}, *entries[2:]]} for value in (-1, 1 << 40, "2")),
+        *({"kinds": value} for value in (3, "", [], None, "noo", "noox", "noonn", {}, ["n", "o", "o", "n"])),
+        *({"names": value} for value in (3, [], ["a"] * 4, [1, 2, 3, 4], ["a", "b", "c"], {}, "abcd")),
+        *({"missing": [value, 0, 0, 0]} for value in (-1, True, 0.5, None)),
+        *({"missing": value} for value in ([], 3, None, "0000")),
+        *({"words": [2, value]} for value in (-1, 1 << 40, "2", 1)),
+        *({"words": value} for value in ([], [4], 3, None)),
         *({"n_quantiles": value} for value in (-1, 0, 1 << 40, 5, None)),
         *({"n_word_bytes": value} for value in (-1, 3, None)),
         *({"scaling": value} for value in (None, "x", [])),
@@ -607,6 +609,14 @@ def test_large_integers_stay_apart():
     assert encoder.columns[0].words == tuple(map(str, large)) and encoder.columns[0].missing == 1
     numbers = fitted(pd.DataFrame({"n": pd.array([1, None, 3], dtype="Int64")}), scaling=None)
     assert numbers.transform(pd.DataFrame({"n": pd.array([None, 5], dtype="Int64")})).tolist() == [[2, 1], [5, 0]]
+
+
+def test_a_wide_table_fits_into_a_files_header():
+    table = {f"gene_{i:06d}": np.zeros(2) for i in range(20_000)}
+    encoder = fitted(table)
+    assert len(json.dumps(encoder.describe())) < 500_000
+    again = TableEncoder.from_description(json.loads(json.dumps(encoder.describe())), encoder.tensors())
+    assert again.feature_names == list(table)
 
 
 def test_cells_without_a_text_of_their_own_are_refused():

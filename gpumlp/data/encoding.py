@@ -21,6 +21,7 @@ PIECES = 64  # of the range of a number, at most
 IMPUTATIONS = ("median", "mean")
 SCALINGS = (None, "standard", "robust", "quantile", "piecewise")
 OPTIONS = ("categorical_features", "one_hot_limit", "impute", "scaling")
+NUMBER, ONE_HOT, CODES = "noc"  # what becomes of a column, in a configuration
 TINY = float(np.finfo(np.float32).tiny)  # a spread below this is none: 1/spread would overflow float32
 ROUNDING = 1e-12  # nor is one below this part of the values: that is float64's rounding of the sums
 
@@ -228,6 +229,13 @@ class TableEncoder:
         return found + self.code_names
 
     @property
+    def category_names(self) -> list[str]:
+        """The columns that are categories, where columns have names."""
+        return [
+            column.name for column in self._fitted() if isinstance(column, CategoryColumn) and column.name is not None
+        ]
+
+    @property
     def code_names(self) -> list[str]:
         """The columns that become codes, in the order of the codes."""
         return [_name(column, position) for position, column in enumerate(self._fitted()) if _is_coded(column)]
@@ -236,6 +244,16 @@ class TableEncoder:
     def code_sizes(self) -> list[int]:
         """For each coded column the number of its codes, code 0 included."""
         return [column.n_codes for column in self._fitted() if isinstance(column, CategoryColumn) and column.coded]
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What `report` says, as plain data: of each column name, kind ("number", "one-hot" or "codes") and missing cells;
+        of categories how many there are."""
+        found = []
+        for position, column in enumerate(self._fitted()):
+            kind = "number" if isinstance(column, NumberColumn) else "codes" if column.coded else "one-hot"
+            counts = {"categories": len(column.words)} if isinstance(column, CategoryColumn) else {}
+            found.append({"name": _name(column, position), "kind": kind, "missing": column.missing, **counts})
+        return found
 
     def report(self) -> str:
         """A line for each column: what was inferred, and what becomes of it."""
@@ -264,13 +282,15 @@ class TableEncoder:
 
     def describe(self) -> dict[str, Any]:
         """All that was learned, as far as JSON can hold it; the rest is in `tensors`."""
-        columns = [_describe_column(column) for column in self._fitted()]
-        learned = self.tensors()
+        columns, learned = self._fitted(), self.tensors()
         return {
             **{option: getattr(self, option) for option in OPTIONS},
             "n_quantiles": learned["quantiles"].shape[1] if "quantiles" in learned else 0,
             "n_word_bytes": len(learned["words"]) if "words" in learned else 0,
-            "columns": columns,
+            "names": self.feature_names,
+            "kinds": "".join(NUMBER if isinstance(c, NumberColumn) else CODES if c.coded else ONE_HOT for c in columns),
+            "missing": [column.missing for column in columns],
+            "words": [len(column.words) for column in columns if isinstance(column, CategoryColumn)],
         }
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -317,22 +337,19 @@ class TableEncoder:
         texts = iter(_texts(tensors))
         numbers = iter(range(len(tensors.get("numbers", ()))))
         columns: list[NumberColumn | CategoryColumn] = []
-        for entry in config["columns"]:
-            name, missing = entry.get("name"), entry["missing"]
-            if entry["kind"] == "number":
+        counts, names = iter(config["words"]), config["names"] or [None] * len(config["kinds"])
+        for name, kind, missing in zip(names, config["kinds"], config["missing"], strict=True):
+            if kind == NUMBER:
                 row = next(numbers)
                 spread = [tensors[key][row].copy() for key in ("quantiles", "scores") if key in tensors]
                 if config["scaling"] == "piecewise":
                     spread = [np.unique(spread[0])]
                 columns.append(NumberColumn(name, missing, *tensors["numbers"][row].tolist(), *spread))
                 continue
-            words = tuple(next(texts) for _ in range(entry["words"]))
+            words = tuple(next(texts) for _ in range(next(counts)))
             if any(a >= b for a, b in pairwise(words)):
                 raise ValueError(f"a table encoder whose categories of {name!r} are not in ascending order")
-            columns.append(CategoryColumn(name, missing, words, entry["kind"] == "codes"))
-        named = [column.name for column in columns if column.name is not None]
-        if len(set(named)) < len(named):
-            raise ValueError(f"two columns are named {next(name for name in named if named.count(name) > 1)!r}")
+            columns.append(CategoryColumn(name, missing, words, kind == CODES))
         encoder.columns = columns
         return encoder
 
@@ -383,15 +400,20 @@ def tensor_forms(config: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[i
     Raises: ValueError for a configuration that no encoder writes.
     """
     try:
-        entries, _ = config["columns"], [config[option] for option in OPTIONS]
-        numbers = sum(entry["kind"] == "number" for entry in entries)
-        words = sum(_count(entry["words"]) for entry in entries if entry["kind"] != "number")
+        kinds, names, _ = config["kinds"], config["names"], [config[option] for option in OPTIONS]
+        categories = len(kinds) - kinds.count(NUMBER)
+        numbers, words = kinds.count(NUMBER), sum(map(_count, config["words"]))
         n_quantiles, n_bytes = _count(config["n_quantiles"]), _count(config["n_word_bytes"])
-        named = {isinstance(entry.get("name"), str) for entry in entries}
-        sound = all(
-            entry["kind"] in ("number", "one-hot", "codes") and _count(entry["missing"]) >= 0 for entry in entries
+        sound = (
+            isinstance(kinds, str)
+            and isinstance(names, list | None)
+            and len(kinds) > 0
+            and set(kinds) <= {NUMBER, ONE_HOT, CODES}
         )
-        sound &= len(named) == 1 and all(entry.get("name", "") is not None for entry in entries)
+        sound &= len(list(map(_count, config["missing"]))) == len(kinds) and len(config["words"]) == categories
+        sound &= names is None or (
+            len(set(names)) == len(names) == len(kinds) and all(isinstance(n, str) for n in names)
+        )
         sound &= words <= MAX_CATEGORIES and n_quantiles <= MAX_QUANTILES
         sound &= (n_quantiles > 0) == (numbers > 0 and config["scaling"] in ("quantile", "piecewise"))
     except (KeyError, TypeError, AttributeError) as error:
@@ -523,14 +545,6 @@ def _plain_choice(features: Any) -> Any:
             raise ValueError(f"categorical_features has {feature!r}; it must hold names or positions of columns")
         found.append(str(feature) if isinstance(feature, str) else int(feature))
     return found
-
-
-def _describe_column(column: NumberColumn | CategoryColumn) -> dict[str, Any]:
-    name = {} if column.name is None else {"name": column.name}
-    if isinstance(column, NumberColumn):
-        return {"kind": "number", **name, "missing": column.missing}
-    kind = "codes" if column.coded else "one-hot"
-    return {"kind": kind, **name, "missing": column.missing, "words": len(column.words)}
 
 
 def _check_learned(tensors: Mapping[str, np.ndarray]) -> None:

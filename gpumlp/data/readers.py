@@ -13,7 +13,7 @@ from .builtin import BUILTIN
 from .checks import check_targets, check_X, encode_labels
 from .dataset import Dataset
 from .idx import find_part, is_idx_name, read_images, read_part
-from .table import Table, is_number, parse_numbers, read_header, read_parquet, read_table, require_words
+from .table import Table, is_number, parse_numbers, read_header, read_mixed, read_parquet, read_table, require_words
 
 MAX_CLASSES = 20  # whole numbers with more different values than this are quantities rather than classes
 TASKS = ("classification", "regression")
@@ -69,29 +69,34 @@ def is_table_file(path: str | os.PathLike[str]) -> bool:
     return str(path).lower().endswith(TABLE_ENDINGS)
 
 
-def load_table(path: str | os.PathLike[str], *, target: str | None, task: str | None = None) -> Dataset:
+def load_table(
+    path: str | os.PathLike[str], *, target: str | None, task: str | None = None, as_text: Sequence[str] = ()
+) -> Dataset:
     """Read a table with numbers, categories and missing cells.
 
     Arguments:
         path: .csv or .csv.gz as `load` reads it, or .parquet (the extra `parquet`).
         target: the name of the target column, or several with commas between them (regression).
         task: as `load`.
+        as_text: columns of a CSV file that are categories although all their cells are numbers: they keep their writing.
 
-    Returns: see `Dataset`; X holds all other columns, as `TableEncoder.fit` takes them.
+    Returns: see `Dataset`; X holds all other columns, as `TableEncoder.fit` takes them: of a CSV file a dict, of numbers
+        where a column has nothing else, of text otherwise; of a Parquet file a pyarrow table.
 
     Raises: as `load`; ImportError without what reads Parquet.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be 'classification', 'regression' or None")
     path = _existing(path)
-    table = read_columns(path)
     X: Any
     y: np.ndarray
-    if isinstance(table, Table):
-        targets = _target_names(list(table.text), target, task, path)
-        X = Table(table.numbers, {name: c for name, c in table.text.items() if name not in targets}, table.lines)
-        features, y = list(X.text), _target_cells(table, targets, task, path)
+    if path.suffix.lower() != ".parquet":
+        targets = _target_names(read_header(path), target, task, path)
+        y = _target_cells(read_table(path, [], targets), targets, task, path)
+        X = {name: cells for name, cells in read_columns(path, as_text).items() if name not in targets}
+        features = list(X)
     else:
+        table = read_columns(path)
         targets = _target_names(table.column_names, target, task, path)
         X = table.drop_columns(targets)
         features, y = X.column_names, _target_columns(table, targets, path)
@@ -99,15 +104,15 @@ def load_table(path: str | os.PathLike[str], *, target: str | None, task: str | 
     return Dataset(_stem(path), X, y, task, classes=classes, feature_names=features, target_names=targets)
 
 
-def read_columns(path: str | os.PathLike[str]) -> Any:
-    """All columns of a .csv, .csv.gz or .parquet file, as a table that a `TableEncoder` takes.
+def read_columns(path: str | os.PathLike[str], as_text: Sequence[str] = ()) -> Any:
+    """All columns of a .csv, .csv.gz or .parquet file, as a table that a `TableEncoder` takes; as_text as `load_table`.
 
     Raises: FileNotFoundError and ValueError as `load`; ImportError without what reads Parquet.
     """
     path = _existing(path)
     if not is_table_file(path) or path.is_dir():
         raise ValueError(f"{path} is no table; a table is a file that ends with {', '.join(TABLE_ENDINGS)}")
-    return read_parquet(path) if path.suffix.lower() == ".parquet" else read_table(path, [], read_header(path))
+    return read_parquet(path) if path.suffix.lower() == ".parquet" else read_mixed(path, as_text)
 
 
 def read_rows(

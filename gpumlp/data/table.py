@@ -96,6 +96,39 @@ def parse_numbers(cells: Sequence[str], lines: Sequence[int] | np.ndarray, colum
     return values
 
 
+def read_mixed(path: Path, as_text: Sequence[str] = ()) -> dict[str, Any]:
+    """Every column by its name: (n,) float64, NaN where a cell is missing, or its cells as text where one is no number.
+
+    Args:
+        as_text: columns that are not to be taken for numbers.
+
+    A column's text is kept only where it is needed, for which the file is read a second time: as Python's objects it takes
+    ten times the room of the file.
+
+    Raises: ValueError as ``read_table``.
+    """
+    header = read_header(path)
+    numbers: dict[str, list] = {name: [] for name in header if name not in as_text}
+    empty = True
+    for rows, _ in _blocks(path, len(header)):
+        empty = False
+        for name, cells in zip(header, zip(*rows, strict=True), strict=True):
+            if name in numbers:
+                try:
+                    numbers[name].append(np.fromiter(map(_number_or_nan, cells), np.float64, len(cells)))
+                except ValueError:
+                    del numbers[name]
+    if empty:
+        raise ValueError(f"{path} has a header but no rows")
+    rest = [name for name in header if name not in numbers]
+    text = read_table(path, [], rest).text if rest else {}
+    return {name: np.concatenate(numbers[name]) if name in numbers else text[name] for name in header}
+
+
+def _number_or_nan(cell: str) -> float:
+    return np.nan if cell.strip() in MISSING else number_of(cell)
+
+
 def require_words(table: Table, column: str, path: Path) -> list[str]:
     """The cells of a text column, none of which may be missing. Raises ValueError naming the line."""
     words = table.text[column]

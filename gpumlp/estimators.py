@@ -203,8 +203,9 @@ class _MLP(BaseEstimator):
         ]
         if asked and hasattr(X, "toarray"):
             raise ValueError(f"{asked[0]} is for tables, X is sparse; scale it before, or pass it dense")
-        needed = is_table(X) and needs_encoding(X)
-        if not (asked or needed or isinstance(X, Mapping | Table)):
+        table = is_table(X)
+        needed = table and needs_encoding(X)
+        if not (asked or needed or (table and isinstance(X, Mapping | Table))):
             return None
         return TableEncoder(
             categorical_features=self.categorical_features,

@@ -208,8 +208,9 @@ def decision_boundary(network: Any, X: Any, y: Any, path: str | os.PathLike[str]
         )
     axes.set_xlim(xs[0], xs[-1])
     axes.set_ylim(ys[0], ys[-1])
-    axes.set_xlabel("Feature 1")
-    axes.set_ylabel("Feature 2")
+    columns = getattr(network, "feature_names", None) or ("Feature 1", "Feature 2")
+    axes.set_xlabel(columns[0])
+    axes.set_ylabel(columns[1])
     _tidy(axes, grid=False)
     legend = axes.legend(
         title="Class",
@@ -268,7 +269,7 @@ def regression_curve(network: Any, X: Any, y: Any, path: str | os.PathLike[str] 
         )
         axes.plot(xs, curve[:, k], color=colour, linewidth=2, label=f"prediction{which}")
     axes.set_xlim(xs[0], xs[-1])
-    axes.set_xlabel("Feature")
+    axes.set_xlabel((getattr(network, "feature_names", None) or ("Feature",))[0])
     axes.set_ylabel("Target")
     _tidy(axes)
     axes.legend(**LEGEND, markerscale=(22 / size) ** 0.5)

@@ -6,7 +6,6 @@ What `TableEncoder.fit` learns is plain data, a configuration and arrays, so tha
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -470,6 +469,8 @@ def _normal_scores(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     0 and 1: ±3.29 with 1,000 quantiles.
     """
     ranks = np.linspace(0.0, 1.0, count)
+    from statistics import NormalDist  # which takes longer to import than all else here
+
     quantiles = np.maximum.accumulate(np.quantile(values, ranks))  # interpolation may round a tie downwards
     first = ranks[np.searchsorted(quantiles, quantiles, "left")]
     last = ranks[np.searchsorted(quantiles, quantiles, "right") - 1]
